@@ -50,7 +50,7 @@ class BootstrapParams(_message.Message):
     containerd_binary: str
     extensions: _containers.RepeatedCompositeFieldContainer[Extension]
     socket_dir: str
-    def __init__(self, instance_id: _Optional[str] = ..., namespace: _Optional[str] = ..., log_level: _Optional[_Union[LogLevel, str]] = ..., containerd_version: _Optional[str] = ..., containerd_ttrpc_address: _Optional[str] = ..., containerd_grpc_address: _Optional[str] = ..., containerd_binary: _Optional[str] = ..., extensions: _Optional[_Iterable[_Union[Extension, _Mapping]]] = ..., socket_dir: _Optional[str] = ...) -> None: ...
+    def __init__(self, instance_id: _Optional[str] = ..., namespace: _Optional[str] = ..., log_level: _Optional[_Union[LogLevel, str]] = ..., containerd_version: _Optional[str] = ..., containerd_ttrpc_address: _Optional[str] = ..., containerd_grpc_address: _Optional[str] = ..., containerd_binary: _Optional[str] = ..., extensions: _Optional[_Iterable[_Union[Extension, _Mapping[str, object]]]] = ..., socket_dir: _Optional[str] = ...) -> None: ...
 
 class BootstrapResult(_message.Message):
     __slots__ = ("version", "address", "protocol", "capabilities", "metadata")
@@ -77,4 +77,4 @@ class Extension(_message.Message):
     __slots__ = ("value",)
     VALUE_FIELD_NUMBER: _ClassVar[int]
     value: _any_pb2.Any
-    def __init__(self, value: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+    def __init__(self, value: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ...) -> None: ...

@@ -20,7 +20,7 @@ class Container(_message.Message):
         OPTIONS_FIELD_NUMBER: _ClassVar[int]
         name: str
         options: _any_pb2.Any
-        def __init__(self, name: _Optional[str] = ..., options: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+        def __init__(self, name: _Optional[str] = ..., options: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ...) -> None: ...
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -34,7 +34,7 @@ class Container(_message.Message):
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: _any_pb2.Any
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
@@ -57,19 +57,19 @@ class Container(_message.Message):
     updated_at: _timestamp_pb2.Timestamp
     extensions: _containers.MessageMap[str, _any_pb2.Any]
     sandbox: str
-    def __init__(self, id: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., image: _Optional[str] = ..., runtime: _Optional[_Union[Container.Runtime, _Mapping]] = ..., spec: _Optional[_Union[_any_pb2.Any, _Mapping]] = ..., snapshotter: _Optional[str] = ..., snapshot_key: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., extensions: _Optional[_Mapping[str, _any_pb2.Any]] = ..., sandbox: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., image: _Optional[str] = ..., runtime: _Optional[_Union[Container.Runtime, _Mapping[str, object]]] = ..., spec: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ..., snapshotter: _Optional[str] = ..., snapshot_key: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., extensions: _Optional[_Mapping[str, _any_pb2.Any]] = ..., sandbox: _Optional[str] = ...) -> None: ...
 
 class CreateContainerRequest(_message.Message):
     __slots__ = ("container",)
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     container: Container
-    def __init__(self, container: _Optional[_Union[Container, _Mapping]] = ...) -> None: ...
+    def __init__(self, container: _Optional[_Union[Container, _Mapping[str, object]]] = ...) -> None: ...
 
 class CreateContainerResponse(_message.Message):
     __slots__ = ("container",)
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     container: Container
-    def __init__(self, container: _Optional[_Union[Container, _Mapping]] = ...) -> None: ...
+    def __init__(self, container: _Optional[_Union[Container, _Mapping[str, object]]] = ...) -> None: ...
 
 class DeleteContainerRequest(_message.Message):
     __slots__ = ("id",)
@@ -87,13 +87,13 @@ class GetContainerResponse(_message.Message):
     __slots__ = ("container",)
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     container: Container
-    def __init__(self, container: _Optional[_Union[Container, _Mapping]] = ...) -> None: ...
+    def __init__(self, container: _Optional[_Union[Container, _Mapping[str, object]]] = ...) -> None: ...
 
 class ListContainerMessage(_message.Message):
     __slots__ = ("container",)
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     container: Container
-    def __init__(self, container: _Optional[_Union[Container, _Mapping]] = ...) -> None: ...
+    def __init__(self, container: _Optional[_Union[Container, _Mapping[str, object]]] = ...) -> None: ...
 
 class ListContainersRequest(_message.Message):
     __slots__ = ("filters",)
@@ -105,7 +105,7 @@ class ListContainersResponse(_message.Message):
     __slots__ = ("containers",)
     CONTAINERS_FIELD_NUMBER: _ClassVar[int]
     containers: _containers.RepeatedCompositeFieldContainer[Container]
-    def __init__(self, containers: _Optional[_Iterable[_Union[Container, _Mapping]]] = ...) -> None: ...
+    def __init__(self, containers: _Optional[_Iterable[_Union[Container, _Mapping[str, object]]]] = ...) -> None: ...
 
 class UpdateContainerRequest(_message.Message):
     __slots__ = ("container", "update_mask")
@@ -113,10 +113,10 @@ class UpdateContainerRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
     container: Container
     update_mask: _field_mask_pb2.FieldMask
-    def __init__(self, container: _Optional[_Union[Container, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
+    def __init__(self, container: _Optional[_Union[Container, _Mapping[str, object]]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping[str, object]]] = ...) -> None: ...
 
 class UpdateContainerResponse(_message.Message):
     __slots__ = ("container",)
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     container: Container
-    def __init__(self, container: _Optional[_Union[Container, _Mapping]] = ...) -> None: ...
+    def __init__(self, container: _Optional[_Union[Container, _Mapping[str, object]]] = ...) -> None: ...

@@ -52,7 +52,7 @@ class Info(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     updated_at: _timestamp_pb2.Timestamp
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, digest: _Optional[str] = ..., size: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, digest: _Optional[str] = ..., size: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ("digest",)
@@ -64,7 +64,7 @@ class InfoResponse(_message.Message):
     __slots__ = ("info",)
     INFO_FIELD_NUMBER: _ClassVar[int]
     info: Info
-    def __init__(self, info: _Optional[_Union[Info, _Mapping]] = ...) -> None: ...
+    def __init__(self, info: _Optional[_Union[Info, _Mapping[str, object]]] = ...) -> None: ...
 
 class ListContentRequest(_message.Message):
     __slots__ = ("filters",)
@@ -76,7 +76,7 @@ class ListContentResponse(_message.Message):
     __slots__ = ("info",)
     INFO_FIELD_NUMBER: _ClassVar[int]
     info: _containers.RepeatedCompositeFieldContainer[Info]
-    def __init__(self, info: _Optional[_Iterable[_Union[Info, _Mapping]]] = ...) -> None: ...
+    def __init__(self, info: _Optional[_Iterable[_Union[Info, _Mapping[str, object]]]] = ...) -> None: ...
 
 class ListStatusesRequest(_message.Message):
     __slots__ = ("filters",)
@@ -88,7 +88,7 @@ class ListStatusesResponse(_message.Message):
     __slots__ = ("statuses",)
     STATUSES_FIELD_NUMBER: _ClassVar[int]
     statuses: _containers.RepeatedCompositeFieldContainer[Status]
-    def __init__(self, statuses: _Optional[_Iterable[_Union[Status, _Mapping]]] = ...) -> None: ...
+    def __init__(self, statuses: _Optional[_Iterable[_Union[Status, _Mapping[str, object]]]] = ...) -> None: ...
 
 class ReadContentRequest(_message.Message):
     __slots__ = ("digest", "offset", "size")
@@ -122,7 +122,7 @@ class Status(_message.Message):
     offset: int
     total: int
     expected: str
-    def __init__(self, started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ref: _Optional[str] = ..., offset: _Optional[int] = ..., total: _Optional[int] = ..., expected: _Optional[str] = ...) -> None: ...
+    def __init__(self, started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., ref: _Optional[str] = ..., offset: _Optional[int] = ..., total: _Optional[int] = ..., expected: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("ref",)
@@ -134,7 +134,7 @@ class StatusResponse(_message.Message):
     __slots__ = ("status",)
     STATUS_FIELD_NUMBER: _ClassVar[int]
     status: Status
-    def __init__(self, status: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
+    def __init__(self, status: _Optional[_Union[Status, _Mapping[str, object]]] = ...) -> None: ...
 
 class UpdateRequest(_message.Message):
     __slots__ = ("info", "update_mask")
@@ -142,13 +142,13 @@ class UpdateRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
     info: Info
     update_mask: _field_mask_pb2.FieldMask
-    def __init__(self, info: _Optional[_Union[Info, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ...) -> None: ...
+    def __init__(self, info: _Optional[_Union[Info, _Mapping[str, object]]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping[str, object]]] = ...) -> None: ...
 
 class UpdateResponse(_message.Message):
     __slots__ = ("info",)
     INFO_FIELD_NUMBER: _ClassVar[int]
     info: Info
-    def __init__(self, info: _Optional[_Union[Info, _Mapping]] = ...) -> None: ...
+    def __init__(self, info: _Optional[_Union[Info, _Mapping[str, object]]] = ...) -> None: ...
 
 class WriteContentRequest(_message.Message):
     __slots__ = ("action", "ref", "total", "expected", "offset", "data", "labels")
@@ -189,4 +189,4 @@ class WriteContentResponse(_message.Message):
     offset: int
     total: int
     digest: str
-    def __init__(self, action: _Optional[_Union[WriteAction, str]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., offset: _Optional[int] = ..., total: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+    def __init__(self, action: _Optional[_Union[WriteAction, str]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., offset: _Optional[int] = ..., total: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...

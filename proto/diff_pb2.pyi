@@ -19,7 +19,7 @@ class ApplyRequest(_message.Message):
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: _any_pb2.Any
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ...) -> None: ...
     DIFF_FIELD_NUMBER: _ClassVar[int]
     MOUNTS_FIELD_NUMBER: _ClassVar[int]
     PAYLOADS_FIELD_NUMBER: _ClassVar[int]
@@ -28,13 +28,13 @@ class ApplyRequest(_message.Message):
     mounts: _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]
     payloads: _containers.MessageMap[str, _any_pb2.Any]
     sync_fs: bool
-    def __init__(self, diff: _Optional[_Union[_types_pb2.Descriptor, _Mapping]] = ..., mounts: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping]]] = ..., payloads: _Optional[_Mapping[str, _any_pb2.Any]] = ..., sync_fs: _Optional[bool] = ...) -> None: ...
+    def __init__(self, diff: _Optional[_Union[_types_pb2.Descriptor, _Mapping[str, object]]] = ..., mounts: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping[str, object]]]] = ..., payloads: _Optional[_Mapping[str, _any_pb2.Any]] = ..., sync_fs: _Optional[bool] = ...) -> None: ...
 
 class ApplyResponse(_message.Message):
     __slots__ = ("applied",)
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     applied: _types_pb2.Descriptor
-    def __init__(self, applied: _Optional[_Union[_types_pb2.Descriptor, _Mapping]] = ...) -> None: ...
+    def __init__(self, applied: _Optional[_Union[_types_pb2.Descriptor, _Mapping[str, object]]] = ...) -> None: ...
 
 class DiffRequest(_message.Message):
     __slots__ = ("left", "right", "media_type", "ref", "labels", "source_date_epoch")
@@ -57,10 +57,10 @@ class DiffRequest(_message.Message):
     ref: str
     labels: _containers.ScalarMap[str, str]
     source_date_epoch: _timestamp_pb2.Timestamp
-    def __init__(self, left: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping]]] = ..., right: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping]]] = ..., media_type: _Optional[str] = ..., ref: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., source_date_epoch: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, left: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping[str, object]]]] = ..., right: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping[str, object]]]] = ..., media_type: _Optional[str] = ..., ref: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., source_date_epoch: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ...) -> None: ...
 
 class DiffResponse(_message.Message):
     __slots__ = ("diff",)
     DIFF_FIELD_NUMBER: _ClassVar[int]
     diff: _types_pb2.Descriptor
-    def __init__(self, diff: _Optional[_Union[_types_pb2.Descriptor, _Mapping]] = ...) -> None: ...
+    def __init__(self, diff: _Optional[_Union[_types_pb2.Descriptor, _Mapping[str, object]]] = ...) -> None: ...

@@ -13,7 +13,7 @@ class ForwardRequest(_message.Message):
     __slots__ = ("envelope",)
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     envelope: _types_pb2.Envelope
-    def __init__(self, envelope: _Optional[_Union[_types_pb2.Envelope, _Mapping]] = ...) -> None: ...
+    def __init__(self, envelope: _Optional[_Union[_types_pb2.Envelope, _Mapping[str, object]]] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
     __slots__ = ("topic", "event")
@@ -21,7 +21,7 @@ class PublishRequest(_message.Message):
     EVENT_FIELD_NUMBER: _ClassVar[int]
     topic: str
     event: _any_pb2.Any
-    def __init__(self, topic: _Optional[str] = ..., event: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+    def __init__(self, topic: _Optional[str] = ..., event: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ...) -> None: ...
 
 class SubscribeRequest(_message.Message):
     __slots__ = ("filters",)

@@ -44,7 +44,8 @@ def generate(out: Path) -> list[Path]:
         written = []
         for path in sorted((work / PREFIX).glob("*_pb2.py*")):
             target = out / path.name
-            target.write_bytes(path.read_bytes())
+            # protoc's stubs leave the mappings generic, which mypy's strict mode refuses
+            target.write_text(path.read_text().replace("_Mapping]", "_Mapping[str, object]]"))
             written.append(target)
     return written
 

@@ -18,13 +18,13 @@ class CreateImageRequest(_message.Message):
     SOURCE_DATE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     image: Image
     source_date_epoch: _timestamp_pb2.Timestamp
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., source_date_epoch: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, image: _Optional[_Union[Image, _Mapping[str, object]]] = ..., source_date_epoch: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ...) -> None: ...
 
 class CreateImageResponse(_message.Message):
     __slots__ = ("image",)
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     image: Image
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
+    def __init__(self, image: _Optional[_Union[Image, _Mapping[str, object]]] = ...) -> None: ...
 
 class DeleteImageRequest(_message.Message):
     __slots__ = ("name", "sync", "target")
@@ -34,7 +34,7 @@ class DeleteImageRequest(_message.Message):
     name: str
     sync: bool
     target: _types_pb2.Descriptor
-    def __init__(self, name: _Optional[str] = ..., sync: _Optional[bool] = ..., target: _Optional[_Union[_types_pb2.Descriptor, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., sync: _Optional[bool] = ..., target: _Optional[_Union[_types_pb2.Descriptor, _Mapping[str, object]]] = ...) -> None: ...
 
 class GetImageRequest(_message.Message):
     __slots__ = ("name",)
@@ -46,7 +46,7 @@ class GetImageResponse(_message.Message):
     __slots__ = ("image",)
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     image: Image
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
+    def __init__(self, image: _Optional[_Union[Image, _Mapping[str, object]]] = ...) -> None: ...
 
 class Image(_message.Message):
     __slots__ = ("name", "labels", "target", "created_at", "updated_at")
@@ -67,7 +67,7 @@ class Image(_message.Message):
     target: _types_pb2.Descriptor
     created_at: _timestamp_pb2.Timestamp
     updated_at: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., target: _Optional[_Union[_types_pb2.Descriptor, _Mapping]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., target: _Optional[_Union[_types_pb2.Descriptor, _Mapping[str, object]]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., updated_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ...) -> None: ...
 
 class ImageCreate(_message.Message):
     __slots__ = ("name", "labels")
@@ -115,7 +115,7 @@ class ListImagesResponse(_message.Message):
     __slots__ = ("images",)
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedCompositeFieldContainer[Image]
-    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ...) -> None: ...
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping[str, object]]]] = ...) -> None: ...
 
 class UpdateImageRequest(_message.Message):
     __slots__ = ("image", "update_mask", "source_date_epoch")
@@ -125,10 +125,10 @@ class UpdateImageRequest(_message.Message):
     image: Image
     update_mask: _field_mask_pb2.FieldMask
     source_date_epoch: _timestamp_pb2.Timestamp
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., source_date_epoch: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, image: _Optional[_Union[Image, _Mapping[str, object]]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping[str, object]]] = ..., source_date_epoch: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ...) -> None: ...
 
 class UpdateImageResponse(_message.Message):
     __slots__ = ("image",)
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     image: Image
-    def __init__(self, image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
+    def __init__(self, image: _Optional[_Union[Image, _Mapping[str, object]]] = ...) -> None: ...

@@ -16,7 +16,7 @@ class AddResourceRequest(_message.Message):
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
     id: str
     resource: Resource
-    def __init__(self, id: _Optional[str] = ..., resource: _Optional[_Union[Resource, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., resource: _Optional[_Union[Resource, _Mapping[str, object]]] = ...) -> None: ...
 
 class CreateRequest(_message.Message):
     __slots__ = ("id", "labels")
@@ -37,7 +37,7 @@ class CreateResponse(_message.Message):
     __slots__ = ("lease",)
     LEASE_FIELD_NUMBER: _ClassVar[int]
     lease: Lease
-    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ...) -> None: ...
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping[str, object]]] = ...) -> None: ...
 
 class DeleteRequest(_message.Message):
     __slots__ = ("id", "sync")
@@ -53,7 +53,7 @@ class DeleteResourceRequest(_message.Message):
     RESOURCE_FIELD_NUMBER: _ClassVar[int]
     id: str
     resource: Resource
-    def __init__(self, id: _Optional[str] = ..., resource: _Optional[_Union[Resource, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., resource: _Optional[_Union[Resource, _Mapping[str, object]]] = ...) -> None: ...
 
 class Lease(_message.Message):
     __slots__ = ("id", "created_at", "labels")
@@ -70,7 +70,7 @@ class Lease(_message.Message):
     id: str
     created_at: _timestamp_pb2.Timestamp
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("filters",)
@@ -88,13 +88,13 @@ class ListResourcesResponse(_message.Message):
     __slots__ = ("resources",)
     RESOURCES_FIELD_NUMBER: _ClassVar[int]
     resources: _containers.RepeatedCompositeFieldContainer[Resource]
-    def __init__(self, resources: _Optional[_Iterable[_Union[Resource, _Mapping]]] = ...) -> None: ...
+    def __init__(self, resources: _Optional[_Iterable[_Union[Resource, _Mapping[str, object]]]] = ...) -> None: ...
 
 class ListResponse(_message.Message):
     __slots__ = ("leases",)
     LEASES_FIELD_NUMBER: _ClassVar[int]
     leases: _containers.RepeatedCompositeFieldContainer[Lease]
-    def __init__(self, leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ...) -> None: ...
+    def __init__(self, leases: _Optional[_Iterable[_Union[Lease, _Mapping[str, object]]]] = ...) -> None: ...
 
 class Resource(_message.Message):
     __slots__ = ("id", "type")

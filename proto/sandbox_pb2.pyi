@@ -34,7 +34,7 @@ class ControllerCreateRequest(_message.Message):
     annotations: _containers.ScalarMap[str, str]
     sandbox: _types_pb2.Sandbox
     sandboxer: str
-    def __init__(self, sandbox_id: _Optional[str] = ..., rootfs: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping]]] = ..., options: _Optional[_Union[_any_pb2.Any, _Mapping]] = ..., netns_path: _Optional[str] = ..., annotations: _Optional[_Mapping[str, str]] = ..., sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping]] = ..., sandboxer: _Optional[str] = ...) -> None: ...
+    def __init__(self, sandbox_id: _Optional[str] = ..., rootfs: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping[str, object]]]] = ..., options: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ..., netns_path: _Optional[str] = ..., annotations: _Optional[_Mapping[str, str]] = ..., sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping[str, object]]] = ..., sandboxer: _Optional[str] = ...) -> None: ...
 
 class ControllerCreateResponse(_message.Message):
     __slots__ = ("sandbox_id",)
@@ -54,7 +54,7 @@ class ControllerMetricsResponse(_message.Message):
     __slots__ = ("metrics",)
     METRICS_FIELD_NUMBER: _ClassVar[int]
     metrics: _types_pb2.Metric
-    def __init__(self, metrics: _Optional[_Union[_types_pb2.Metric, _Mapping]] = ...) -> None: ...
+    def __init__(self, metrics: _Optional[_Union[_types_pb2.Metric, _Mapping[str, object]]] = ...) -> None: ...
 
 class ControllerPlatformRequest(_message.Message):
     __slots__ = ("sandbox_id", "sandboxer")
@@ -68,7 +68,7 @@ class ControllerPlatformResponse(_message.Message):
     __slots__ = ("platform",)
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     platform: _types_pb2.Platform
-    def __init__(self, platform: _Optional[_Union[_types_pb2.Platform, _Mapping]] = ...) -> None: ...
+    def __init__(self, platform: _Optional[_Union[_types_pb2.Platform, _Mapping[str, object]]] = ...) -> None: ...
 
 class ControllerShutdownRequest(_message.Message):
     __slots__ = ("sandbox_id", "sandboxer")
@@ -109,7 +109,7 @@ class ControllerStartResponse(_message.Message):
     address: str
     version: int
     spec: _any_pb2.Any
-    def __init__(self, sandbox_id: _Optional[str] = ..., pid: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., address: _Optional[str] = ..., version: _Optional[int] = ..., spec: _Optional[_Union[_any_pb2.Any, _Mapping]] = ...) -> None: ...
+    def __init__(self, sandbox_id: _Optional[str] = ..., pid: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., labels: _Optional[_Mapping[str, str]] = ..., address: _Optional[str] = ..., version: _Optional[int] = ..., spec: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ...) -> None: ...
 
 class ControllerStatusRequest(_message.Message):
     __slots__ = ("sandbox_id", "verbose", "sandboxer")
@@ -148,7 +148,7 @@ class ControllerStatusResponse(_message.Message):
     extra: _any_pb2.Any
     address: str
     version: int
-    def __init__(self, sandbox_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., info: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., exited_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., extra: _Optional[_Union[_any_pb2.Any, _Mapping]] = ..., address: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    def __init__(self, sandbox_id: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., info: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., exited_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., extra: _Optional[_Union[_any_pb2.Any, _Mapping[str, object]]] = ..., address: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class ControllerStopRequest(_message.Message):
     __slots__ = ("sandbox_id", "timeout_secs", "sandboxer")
@@ -170,7 +170,7 @@ class ControllerUpdateRequest(_message.Message):
     sandboxer: str
     sandbox: _types_pb2.Sandbox
     fields: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sandbox_id: _Optional[str] = ..., sandboxer: _Optional[str] = ..., sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping]] = ..., fields: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, sandbox_id: _Optional[str] = ..., sandboxer: _Optional[str] = ..., sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping[str, object]]] = ..., fields: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ControllerWaitRequest(_message.Message):
     __slots__ = ("sandbox_id", "sandboxer")
@@ -186,19 +186,19 @@ class ControllerWaitResponse(_message.Message):
     EXITED_AT_FIELD_NUMBER: _ClassVar[int]
     exit_status: int
     exited_at: _timestamp_pb2.Timestamp
-    def __init__(self, exit_status: _Optional[int] = ..., exited_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, exit_status: _Optional[int] = ..., exited_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ...) -> None: ...
 
 class StoreCreateRequest(_message.Message):
     __slots__ = ("sandbox",)
     SANDBOX_FIELD_NUMBER: _ClassVar[int]
     sandbox: _types_pb2.Sandbox
-    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping]] = ...) -> None: ...
+    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping[str, object]]] = ...) -> None: ...
 
 class StoreCreateResponse(_message.Message):
     __slots__ = ("sandbox",)
     SANDBOX_FIELD_NUMBER: _ClassVar[int]
     sandbox: _types_pb2.Sandbox
-    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping]] = ...) -> None: ...
+    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping[str, object]]] = ...) -> None: ...
 
 class StoreDeleteRequest(_message.Message):
     __slots__ = ("sandbox_id",)
@@ -216,7 +216,7 @@ class StoreGetResponse(_message.Message):
     __slots__ = ("sandbox",)
     SANDBOX_FIELD_NUMBER: _ClassVar[int]
     sandbox: _types_pb2.Sandbox
-    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping]] = ...) -> None: ...
+    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping[str, object]]] = ...) -> None: ...
 
 class StoreListRequest(_message.Message):
     __slots__ = ("filters",)
@@ -228,7 +228,7 @@ class StoreListResponse(_message.Message):
     __slots__ = ("list",)
     LIST_FIELD_NUMBER: _ClassVar[int]
     list: _containers.RepeatedCompositeFieldContainer[_types_pb2.Sandbox]
-    def __init__(self, list: _Optional[_Iterable[_Union[_types_pb2.Sandbox, _Mapping]]] = ...) -> None: ...
+    def __init__(self, list: _Optional[_Iterable[_Union[_types_pb2.Sandbox, _Mapping[str, object]]]] = ...) -> None: ...
 
 class StoreUpdateRequest(_message.Message):
     __slots__ = ("sandbox", "fields")
@@ -236,13 +236,13 @@ class StoreUpdateRequest(_message.Message):
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     sandbox: _types_pb2.Sandbox
     fields: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping]] = ..., fields: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping[str, object]]] = ..., fields: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StoreUpdateResponse(_message.Message):
     __slots__ = ("sandbox",)
     SANDBOX_FIELD_NUMBER: _ClassVar[int]
     sandbox: _types_pb2.Sandbox
-    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping]] = ...) -> None: ...
+    def __init__(self, sandbox: _Optional[_Union[_types_pb2.Sandbox, _Mapping[str, object]]] = ...) -> None: ...
 
 class ControllerShutdownResponse(_message.Message):
     __slots__ = ()

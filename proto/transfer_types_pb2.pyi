@@ -53,7 +53,7 @@ class AuthResponse(_message.Message):
     secret: str
     username: str
     expire_at: _timestamp_pb2.Timestamp
-    def __init__(self, authType: _Optional[_Union[AuthType, str]] = ..., secret: _Optional[str] = ..., username: _Optional[str] = ..., expire_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, authType: _Optional[_Union[AuthType, str]] = ..., secret: _Optional[str] = ..., username: _Optional[str] = ..., expire_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ...) -> None: ...
 
 class ContainerPath(_message.Message):
     __slots__ = ("container_id", "path", "no_walk", "preserve_ownership")
@@ -87,7 +87,7 @@ class ImageExportStream(_message.Message):
     all_platforms: bool
     skip_compatibility_manifest: bool
     skip_non_distributable: bool
-    def __init__(self, stream: _Optional[str] = ..., media_type: _Optional[str] = ..., platforms: _Optional[_Iterable[_Union[_types_pb2.Platform, _Mapping]]] = ..., all_platforms: _Optional[bool] = ..., skip_compatibility_manifest: _Optional[bool] = ..., skip_non_distributable: _Optional[bool] = ...) -> None: ...
+    def __init__(self, stream: _Optional[str] = ..., media_type: _Optional[str] = ..., platforms: _Optional[_Iterable[_Union[_types_pb2.Platform, _Mapping[str, object]]]] = ..., all_platforms: _Optional[bool] = ..., skip_compatibility_manifest: _Optional[bool] = ..., skip_non_distributable: _Optional[bool] = ...) -> None: ...
 
 class ImageImportStream(_message.Message):
     __slots__ = ("stream", "media_type", "force_compress")
@@ -136,7 +136,7 @@ class ImageStore(_message.Message):
     manifest_limit: int
     extra_references: _containers.RepeatedCompositeFieldContainer[ImageReference]
     unpacks: _containers.RepeatedCompositeFieldContainer[UnpackConfiguration]
-    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., platforms: _Optional[_Iterable[_Union[_types_pb2.Platform, _Mapping]]] = ..., all_metadata: _Optional[bool] = ..., manifest_limit: _Optional[int] = ..., extra_references: _Optional[_Iterable[_Union[ImageReference, _Mapping]]] = ..., unpacks: _Optional[_Iterable[_Union[UnpackConfiguration, _Mapping]]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., platforms: _Optional[_Iterable[_Union[_types_pb2.Platform, _Mapping[str, object]]]] = ..., all_metadata: _Optional[bool] = ..., manifest_limit: _Optional[int] = ..., extra_references: _Optional[_Iterable[_Union[ImageReference, _Mapping[str, object]]]] = ..., unpacks: _Optional[_Iterable[_Union[UnpackConfiguration, _Mapping[str, object]]]] = ...) -> None: ...
 
 class OCIRegistry(_message.Message):
     __slots__ = ("reference", "resolver")
@@ -144,7 +144,7 @@ class OCIRegistry(_message.Message):
     RESOLVER_FIELD_NUMBER: _ClassVar[int]
     reference: str
     resolver: RegistryResolver
-    def __init__(self, reference: _Optional[str] = ..., resolver: _Optional[_Union[RegistryResolver, _Mapping]] = ...) -> None: ...
+    def __init__(self, reference: _Optional[str] = ..., resolver: _Optional[_Union[RegistryResolver, _Mapping[str, object]]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("event", "name", "parents", "progress", "total", "desc")
@@ -160,7 +160,7 @@ class Progress(_message.Message):
     progress: int
     total: int
     desc: _types_pb2.Descriptor
-    def __init__(self, event: _Optional[str] = ..., name: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., progress: _Optional[int] = ..., total: _Optional[int] = ..., desc: _Optional[_Union[_types_pb2.Descriptor, _Mapping]] = ...) -> None: ...
+    def __init__(self, event: _Optional[str] = ..., name: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., progress: _Optional[int] = ..., total: _Optional[int] = ..., desc: _Optional[_Union[_types_pb2.Descriptor, _Mapping[str, object]]] = ...) -> None: ...
 
 class ReadStream(_message.Message):
     __slots__ = ("stream", "media_type")
@@ -199,7 +199,7 @@ class UnpackConfiguration(_message.Message):
     SNAPSHOTTER_FIELD_NUMBER: _ClassVar[int]
     platform: _types_pb2.Platform
     snapshotter: str
-    def __init__(self, platform: _Optional[_Union[_types_pb2.Platform, _Mapping]] = ..., snapshotter: _Optional[str] = ...) -> None: ...
+    def __init__(self, platform: _Optional[_Union[_types_pb2.Platform, _Mapping[str, object]]] = ..., snapshotter: _Optional[str] = ...) -> None: ...
 
 class WindowUpdate(_message.Message):
     __slots__ = ("update",)
