@@ -1,0 +1,132 @@
+"""How this host's cgroup hierarchies are mounted; read once per process and kept over fork."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from wherry.core.errors import InvalidArgument, NotFound
+
+#: The v1 hierarchies that a container gets a directory in, in runc's order (devices before what fills them).
+V1_CONTROLLERS = (
+    "cpuset",
+    "devices",
+    "memory",
+    "cpu",
+    "cpuacct",
+    "pids",
+    "blkio",
+    "hugetlb",
+    "net_cls",
+    "net_prio",
+    "perf_event",
+    "freezer",
+    "rdma",
+    "name=systemd",
+)
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+class Mode(Enum):
+    """V2: unified. V1: legacy hierarchies only. HYBRID: legacy controllers and an empty v2 tree beside them."""
+
+    V1 = "legacy"
+    V2 = "unified"
+    HYBRID = "hybrid"
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """One mounted hierarchy: where, and which part of it the mount shows ("/" outside a container)."""
+
+    mountpoint: str
+    root: str
+
+    def below(self, own: str, path: str) -> str:
+        """The directory of `path`, which is relative to the cgroup `own`, a path of /proc/self/cgroup."""
+        inside = posixpath.relpath(own, self.root) if self.root != "/" else own.lstrip("/")
+        if inside == ".." or inside.startswith("../"):
+            # our own cgroup lies outside of what the mount shows (a container without a cgroup namespace)
+            inside = ""
+        return posixpath.normpath(posixpath.join(self.mountpoint, inside, path))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`v1`: controller (or name=NAME) → hierarchy. `v2`: the unified tree, on hybrid hosts one without controllers."""
+
+    mode: Mode
+    v1: dict[str, Hierarchy]
+    v2: Hierarchy | None
+
+
+_host: Layout | None = None
+
+
+def host() -> Layout:
+    """This host's layout. Raises NotFound where no cgroup filesystem is mounted."""
+    global _host  # noqa: PLW0603 - mounts of the hierarchies don't change while a host is up
+    if _host is None:
+        _host = detect()
+    return _host
+
+
+def detect(mountinfo: str = "/proc/self/mountinfo") -> Layout:
+    """Read the layout from a mountinfo file (proc(5)); `host` keeps the result."""
+    with open(mountinfo, "rb") as file:
+        lines = [line for line in file.read().split(b"\n") if b" - cgroup" in line]
+    v1: dict[str, Hierarchy] = {}
+    v2: Hierarchy | None = None
+    for line in lines:
+        fields, _, rest = os.fsdecode(line).partition(" - ")
+        kind, _, options = rest.split(" ", 2)
+        root, mountpoint = (_unescape(field) for field in fields.split(" ", 5)[3:5])
+        hierarchy = Hierarchy(mountpoint, root)
+        if kind == "cgroup2":
+            v2 = v2 if v2 is not None else hierarchy
+        elif kind == "cgroup":
+            for name in options.split(","):
+                if name in V1_CONTROLLERS:
+                    v1.setdefault(name, hierarchy)
+    # name=systemd alone doesn't make a host hybrid: its controllers decide
+    controllers = [name for name in v1 if not name.startswith("name=")]
+    if not controllers and v2 is not None:
+        return Layout(Mode.V2, {}, v2)
+    if not v1:
+        msg = "no cgroup hierarchy is mounted on this host (/sys/fs/cgroup)"
+        raise NotFound(msg)
+    return Layout(Mode.V1 if v2 is None else Mode.HYBRID, v1, v2)
+
+
+def own_cgroups(pid: int | str = "self") -> dict[str, str]:
+    """The cgroups of a process: controller (or name=NAME) → path; "" is the unified tree's (cgroups(7))."""
+    with open(f"/proc/{pid}/cgroup", "rb") as file:
+        text = os.fsdecode(file.read())
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        for name in names.split(","):
+            found[name] = path
+    return found
+
+
+def inner_path(cgroups_path: str, container_id: str) -> str:
+    """The spec's path, cleaned; raises InvalidArgument where it climbs or names the root of the hierarchy.
+
+    runc clips a path that climbs; an explicit error is kinder than a container in an unexpected place.
+    """
+    path = posixpath.normpath(cgroups_path) if cgroups_path else container_id
+    if path.startswith("//"):
+        path = path[1:]
+    if path == ".." or path.startswith("../") or path in ("/", "."):
+        msg = f"invalid cgroup path {cgroups_path!r}: it must name a cgroup below the hierarchy's root"
+        raise InvalidArgument(msg)
+    return path
+
+
+def _unescape(field: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field
