@@ -1,0 +1,251 @@
+"""The event bus: what happens in the daemon and in its shims, for whoever subscribes.
+
+Three ways in, one way out:
+
+- a service of the daemon calls `Exchange.publish(namespace, topic, event)`;
+- a shim calls `Forward` on the ttrpc door, with the envelope it made (containerd.services.events.ttrpc.v1);
+- a client calls `Publish` or `Forward` (containerd.services.events.v1);
+- `Exchange.subscribe(filters)` gives each subscriber its own queue.
+
+Publishing never waits: a subscriber that reads too slowly is cut off with an error that says so, and harms nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import structlog
+from google.protobuf import any_pb2, empty_pb2, timestamp_pb2
+from google.protobuf.message import Message
+
+from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
+from wherry.core.filters import compile_filters
+from wherry.core.names import check_identifier
+from wherry.core.typeurl import pack, unpack
+from wherry.proto import events_pb2 as _events  # noqa: F401  # registers the events' types for unpacking
+from wherry.proto import events_service_pb2, events_ttrpc_pb2
+from wherry.proto.service import Context
+from wherry.proto.types_pb2 import Envelope
+
+log = structlog.get_logger(__name__)
+
+# A subscriber that is this many envelopes behind is cut off: at about 300 bytes each that is some 5 MB.
+QUEUE_LIMIT = 16384
+
+# containerd's rule for a component of a topic (core/events/exchange: validateTopic and identifiers.Validate)
+_TOPIC_PART = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+
+Matcher = Callable[[Callable[[Sequence[str]], str | None]], bool]
+
+
+class Subscription:
+    """One subscriber's queue: an async iterator of envelopes in the order of publication.
+
+    Use it as a context manager, so that it leaves the exchange when its reader goes. Raises ResourceExhausted to a
+    reader that fell `QUEUE_LIMIT` envelopes behind. Not to be shared between tasks.
+    """
+
+    def __init__(self, exchange: Exchange, matches: Matcher) -> None:
+        self._exchange = exchange
+        self._matches = matches
+        self._queue: deque[Envelope] = deque()
+        self._wake = asyncio.Event()
+        self._error: WherryError | None = None
+        self._closed = False
+
+    def offer(self, envelope: Envelope) -> None:
+        """Queue an envelope if the filters let it through; in the loop's thread, never waits."""
+        if self._error is not None or not self._matches(_adaptor(envelope)):
+            return
+        if len(self._queue) >= QUEUE_LIMIT:
+            self._queue.clear()
+            self._error = ResourceExhausted(f"subscriber is too slow: more than {QUEUE_LIMIT} events wait for it")
+        else:
+            self._queue.append(envelope)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Leave the exchange; what waits in the queue is dropped, the reader's iteration ends."""
+        self._closed = True
+        self._exchange.unsubscribe(self)
+        self._wake.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Envelope:
+        while not self._queue:
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        return self._queue.popleft()
+
+
+class Exchange:
+    """The bus. Belongs to the event loop in whose thread it was made."""
+
+    def __init__(self) -> None:
+        self._subscriptions: set[Subscription] = set()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+
+    def publish(self, namespace: str, topic: str, event: Message) -> None:
+        """Send an event of the daemon's own to all subscribers; from any thread, never waits.
+
+        `topic` is a path as in wherry.core.topics ("/tasks/exit"); `event` a message or an Any that already holds one.
+        Raises InvalidArgument for a malformed namespace or topic.
+        """
+        _check(namespace, topic)
+        held = event if isinstance(event, any_pb2.Any) else pack(event)
+        self._send(Envelope(timestamp=_now(), namespace=namespace, topic=topic, event=held))
+
+    def forward(self, envelope: Envelope) -> None:
+        """Send an envelope that somebody else made (a shim); from any thread, never waits.
+
+        Raises InvalidArgument for a malformed namespace or topic, or one without a timestamp.
+        """
+        _check(envelope.namespace, envelope.topic)
+        if not envelope.HasField("timestamp") or not (envelope.timestamp.seconds or envelope.timestamp.nanos):
+            raise InvalidArgument("timestamp must be set on forwarded event: invalid argument")
+        self._send(envelope)
+
+    def subscribe(self, filters: Sequence[str] = ()) -> Subscription:
+        """A new subscriber, who sees what is published from now on; in the loop's thread.
+
+        `filters` are in containerd's filter language over `topic`, `namespace` and `event.FIELD`; an envelope that one
+        of them matches goes through, without filters every one. Raises InvalidArgument for a filter that doesn't parse.
+        """
+        subscription = Subscription(self, compile_filters(list(filters)))
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Forget a subscriber; called by `Subscription.close`."""
+        self._subscriptions.discard(subscription)
+
+    def _send(self, envelope: Envelope) -> None:
+        if threading.get_ident() != self._thread:
+            self._loop.call_soon_threadsafe(self._send, envelope)
+            return
+        log.debug("event", namespace=envelope.namespace, topic=envelope.topic, type=envelope.event.type_url)
+        for subscription in tuple(self._subscriptions):
+            subscription.offer(envelope)
+
+
+class EventsService:
+    """`containerd.services.events.v1.Events`: the bus for clients."""
+
+    SERVICE = "containerd.services.events.v1.Events"
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    async def publish(self, request: events_service_pb2.PublishRequest, context: Context) -> empty_pb2.Empty:
+        """Publish an event in the caller's namespace."""
+        namespace = check_identifier("namespace", context.namespace or "")
+        self._exchange.publish(namespace, request.topic, request.event)
+        return empty_pb2.Empty()
+
+    async def forward(self, request: events_service_pb2.ForwardRequest, context: Context) -> empty_pb2.Empty:
+        """Publish an envelope as it is."""
+        self._exchange.forward(request.envelope)
+        return empty_pb2.Empty()
+
+    async def subscribe(
+        self, request: events_service_pb2.SubscribeRequest, context: Context
+    ) -> AsyncIterator[Envelope]:
+        """Stream envelopes until the caller goes away; of all namespaces, as containerd does."""
+        with self._exchange.subscribe(request.filters) as subscription:
+            async for envelope in subscription:
+                yield envelope
+
+
+class EventsTtrpcService:
+    """`containerd.services.events.ttrpc.v1.Events`: the bus for shims."""
+
+    SERVICE = "containerd.services.events.ttrpc.v1.Events"
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    async def forward(self, request: events_ttrpc_pb2.ForwardRequest, context: Context) -> empty_pb2.Empty:
+        """Publish a shim's envelope as it is."""
+        self._exchange.forward(request.envelope)
+        return empty_pb2.Empty()
+
+
+def _check(namespace: str, topic: str) -> None:
+    """Raise InvalidArgument where an envelope's namespace or topic is malformed (containerd's exchange does so)."""
+    try:
+        check_identifier("namespace", namespace)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"event envelope has invalid namespace: {error.message}") from error
+    if not topic:
+        raise InvalidArgument("envelope topic: must not be empty: invalid argument")
+    if not topic.startswith("/"):
+        raise InvalidArgument(f"envelope topic: must start with '/': {topic!r}: invalid argument")
+    if topic == "/":
+        raise InvalidArgument("envelope topic: must have at least one component: invalid argument")
+    for part in topic[1:].split("/"):
+        if not _TOPIC_PART.fullmatch(part):
+            raise InvalidArgument(
+                f"envelope topic: component {part!r} of {topic!r} is not an identifier: invalid argument"
+            )
+
+
+def _now() -> timestamp_pb2.Timestamp:
+    nanoseconds = time.time_ns()
+    return timestamp_pb2.Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
+
+
+def _adaptor(envelope: Envelope) -> Callable[[Sequence[str]], str | None]:
+    """The field lookup that a filter asks: `topic`, `namespace`, `event.FIELD…`; None where there is no such value."""
+    event: Message | None = None
+
+    def look_up(path: Sequence[str]) -> str | None:
+        nonlocal event
+        if len(path) == 1 and path[0] in ("topic", "namespace"):
+            return getattr(envelope, path[0]) or None
+        if len(path) < 2 or path[0] != "event":
+            return None
+        if event is None:
+            try:
+                event = unpack(envelope.event)
+            except WherryError:
+                return None  # a type that this daemon doesn't know has no fields to ask for
+        return _value(event, path[1:])
+
+    return look_up
+
+
+def _value(message: Message, path: Sequence[str]) -> str | None:
+    """A field of an event by its path, as text; a map takes the rest of the path as its key (labels have dots)."""
+    field = message.DESCRIPTOR.fields_by_name.get(path[0])
+    if field is None:
+        return None
+    value = getattr(message, path[0])
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return value.get(".".join(path[1:])) or None
+    if isinstance(value, Message):
+        return _value(value, path[1:]) if len(path) > 1 else None
+    if len(path) > 1 or field.is_repeated:
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) or None

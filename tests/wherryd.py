@@ -1,0 +1,267 @@
+"""A real wherryd for tests: started as a process on folders of its own, killed, restarted, and cleaned up after.
+
+    def test_something(wherryd: Wherryd) -> None:       # a fixture; re-export it in your folder's conftest.py
+        wherryd.import_busybox()
+        assert wherryd.ctr("run", "--rm", BUSYBOX, "one", "echo", "hi").stdout == "hi\\n"
+        wherryd.kill()                                   # SIGKILL to the daemon alone
+        wherryd.start()
+        assert wherryd.leftovers() == []                 # after the containers are gone
+
+Cleaning up goes by the daemon's own folder: whatever process names it (command line, working directory, open files,
+mounts of its own mount namespace) is killed, whatever is mounted under it is unmounted, and the cgroups that those
+processes were in go, so that tests of several people can run beside each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests import busybox
+from tests.peers import need
+
+BUSYBOX = busybox.NAME
+START_TIMEOUT = 20.0
+
+
+class Wherryd:
+    """One daemon and all that it started. `folder` is made short (sun_path has 108 bytes) and removed by `close`."""
+
+    def __init__(self, *, config: str = "", args: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="wd-", dir="/tmp"))
+        self.address = str(self.folder / "d.sock")
+        self.root = self.folder / "root"
+        self.state = self.folder / "state"
+        self.config = self.folder / "config.toml"
+        self.log = self.folder / "log"
+        self.args = list(args)
+        self.env = dict(env or {})
+        self.process: subprocess.Popen[bytes] | None = None
+        if config:
+            self.config.write_text(config)
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id."""
+        if self.process is None:
+            raise RuntimeError("wherryd is not running")
+        return self.process.pid
+
+    def command(self) -> list[str]:
+        """The command line that `start` runs."""
+        command = [sys.executable, "-m", "wherry.daemon", "--address", self.address]
+        command += ["--root", str(self.root), "--state", str(self.state), "--log-level", "debug"]
+        if self.config.exists():
+            command += ["--config", str(self.config)]
+        return [*command, *self.args]
+
+    def start(self, timeout: float = START_TIMEOUT) -> float:
+        """Start the daemon and wait until it says that it is ready (NOTIFY_SOCKET); the seconds that it took.
+
+        Raises RuntimeError with the end of its log where it exits or is not ready in time.
+        """
+        path = self.folder / "notify"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as log:
+            notify.bind(str(path))
+            notify.settimeout(0.05)
+            began = time.monotonic()
+            environment = {**os.environ, **self.env, "NOTIFY_SOCKET": str(path)}
+            self.process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd="/"
+            )
+            while time.monotonic() - began < timeout:
+                with contextlib.suppress(TimeoutError):
+                    if b"READY=1" in notify.recv(4096):
+                        return time.monotonic() - began
+                if self.process.poll() is not None:
+                    break
+        raise RuntimeError(f"wherryd is not ready (exit code {self.process.poll()}): {self.log_text()[-3000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon alone, as a crash; its shims and containers go on."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """SIGTERM to the daemon; its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def restart(self) -> float:
+        """`kill` and `start`; the seconds until it served again."""
+        self.kill()
+        return self.start()
+
+    def _end(self, signum: signal.Signals) -> int:
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        code = self.process.wait(timeout=15)
+        self.process = None
+        return code
+
+    def log_text(self) -> str:
+        """What the daemon logged so far, all starts of it."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def ctr(
+        self, *args: str, namespace: str = "", check: bool = True, timeout: float = 60, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run Debian's ctr on this daemon; with `check` a failure raises with its stderr. Output is text."""
+        command = [need("ctr"), "--address", self.address, *(["--namespace", namespace] if namespace else []), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, input=stdin, check=False)
+        if check and done.returncode != 0:
+            raise AssertionError(f"{command} exits with {done.returncode}: {done.stderr}{done.stdout}")
+        return done
+
+    def import_busybox(self, namespace: str = "") -> str:
+        """Import an image with busybox in it, unpacked; its name (`BUSYBOX`)."""
+        archive = self.folder / "busybox.tar"
+        if not archive.exists():
+            busybox.write_archive(archive)
+        self.ctr("images", "import", str(archive), namespace=namespace)
+        return BUSYBOX
+
+    def processes(self) -> list[int]:
+        """The pids of everything that names this folder, the daemon included, children before parents."""
+        ours, parents = set(), {}
+        forbidden = _ancestors(os.getpid())
+        for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):
+            if pid in forbidden:
+                continue
+            with contextlib.suppress(OSError):
+                parents[pid] = _parent(pid)
+                if _names(pid, str(self.folder)):
+                    ours.add(pid)
+        grown = True
+        while grown:
+            new = {pid for pid, parent in parents.items() if parent in ours and pid not in ours}
+            ours |= new
+            grown = bool(new)
+        return sorted(ours, reverse=True)
+
+    def mounts(self) -> list[str]:
+        """The mount points under this folder in the tests' mount namespace, deepest first."""
+        with open("/proc/self/mountinfo") as file:
+            targets = [line.split()[4] for line in file]
+        return [target for target in reversed(targets) if target.startswith(f"{self.folder}/")]
+
+    def bundles(self) -> list[str]:
+        """The bundles that are there, as `NAMESPACE/ID`."""
+        return sorted(str(path.relative_to(self.state / "tasks")) for path in (self.state / "tasks").glob("*/*"))
+
+    def leftovers(self) -> list[str]:
+        """What containers may leave behind, the daemon and its helpers aside: shims, mounts, bundles, sockets."""
+        own = set() if self.process is None else _tree(self.process.pid)
+        found = [f"process {pid}: {_command_line(pid)}" for pid in self.processes() if pid not in own]
+        found += [f"mount {target}" for target in self.mounts()]
+        found += [f"bundle {name}" for name in self.bundles()]
+        return found + [f"socket {path.name}" for path in (self.state / "s").glob("*")]
+
+    def settle(self, timeout: float = 5.0) -> list[str]:
+        """`leftovers`, given up to `timeout` seconds to become none."""
+        end = time.monotonic() + timeout
+        while (found := self.leftovers()) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
+
+    def close(self) -> None:
+        """End everything, unmount everything, remove the folder."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.kill()
+        cgroups: set[str] = set()
+        for _ in range(50):
+            pids = self.processes()
+            if not pids:
+                break
+            for pid in pids:
+                cgroups |= _cgroups(pid)
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        for target in self.mounts():
+            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        for path in sorted(cgroups - _cgroups(os.getpid()), key=len, reverse=True):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def wherryd() -> Iterator[Wherryd]:
+    """A daemon that runs, for one test."""
+    daemon = Wherryd()
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        daemon.close()
+
+
+def _names(pid: int, folder: str) -> bool:
+    """Whether a process has to do with a folder; OSError where it is gone."""
+    if folder in _command_line(pid) or os.readlink(f"/proc/{pid}/cwd").startswith(folder):
+        return True
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{name}").startswith(folder):
+                return True
+    if os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
+        return False
+    with open(f"/proc/{pid}/mountinfo", errors="replace") as file:
+        return folder in file.read()
+
+
+def _command_line(pid: int) -> str:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def _parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", errors="replace") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+def _ancestors(pid: int) -> set[int]:
+    found = {0, 1}
+    while pid > 1:
+        found.add(pid)
+        pid = _parent(pid)
+    return found
+
+
+def _tree(pid: int) -> set[int]:
+    """A process and all that descend from it."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            parents[int(name)] = _parent(int(name))
+    found = {pid}
+    while new := {child for child, parent in parents.items() if parent in found} - found:
+        found |= new
+    return found
+
+
+def _cgroups(pid: int) -> set[str]:
+    """The directories of a process's cgroups, of all hierarchies; roots left out."""
+    found = set()
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup") as file:
+        for line in file:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if path == "/":
+                continue
+            for base in (controllers.removeprefix("name="), "unified", ""):
+                found.add(os.path.normpath(f"/sys/fs/cgroup/{base}{path}"))
+    return {path for path in found if os.path.isdir(path)}
