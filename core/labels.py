@@ -1,0 +1,40 @@
+"""Labels with a meaning of their own, as containerd names them, and the limit on a label's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from wherry.core.errors import InvalidArgument
+
+# key and value of one label together, in bytes (containerd's pkg/labels)
+MAX_LABEL = 4096
+
+GC_ROOT = "containerd.io/gc.root"
+GC_EXPIRE = "containerd.io/gc.expire"
+GC_FLAT = "containerd.io/gc.flat"
+GC_REF = "containerd.io/gc.ref."
+GC_REF_CONTENT = "containerd.io/gc.ref.content"
+GC_REF_IMAGE = "containerd.io/gc.ref.image"
+GC_REF_SNAPSHOT = "containerd.io/gc.ref.snapshot"
+# on a layer's content: the digest of the layer uncompressed
+UNCOMPRESSED = "containerd.io/uncompressed"
+# + host: the repositories on that host that hold this content, with commas between them
+DISTRIBUTION_SOURCE = "containerd.io/distribution.source"
+# on a snapshot that is being unpacked: the name that it is to be committed under
+SNAPSHOT_REF = "containerd.io/snapshot.ref"
+UNPACK = "containerd.io/snapshot/"
+NAMESPACE_DEFAULT_RUNTIME = "containerd.io/defaults/runtime"
+NAMESPACE_DEFAULT_SNAPSHOTTER = "containerd.io/defaults/snapshotter"
+# on a namespace: leases and content of others are shared with it
+NAMESPACE_SHAREABLE = "containerd.io/namespace.shareable"
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raises InvalidArgument for a label over the limit (text of containerd's `labels.Validate`)."""
+    for key, value in labels.items():
+        size = len(key.encode()) + len(value.encode())
+        if size > MAX_LABEL:
+            raise InvalidArgument(
+                f"label key and value length ({size} bytes) greater than maximum size ({MAX_LABEL} bytes), "
+                f"key: {key[:64]}: invalid argument"
+            )
