@@ -6,14 +6,11 @@ import base64
 import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 from wherry.core.digest import Digest
 from wherry.core.errors import InvalidArgument
 from wherry.core.platforms import Platform
-
-_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +20,7 @@ class Descriptor:
     media_type: str
     digest: Digest
     size: int
-    annotations: Mapping[str, str] = field(default=_NONE, compare=False)
+    annotations: Mapping[str, str] = field(default_factory=dict, compare=False)
     platform: Platform | None = field(default=None, compare=False)
     urls: tuple[str, ...] = field(default=(), compare=False)
     artifact_type: str = field(default="", compare=False)
@@ -76,7 +73,7 @@ class Descriptor:
 
 def _strings(value: object, where: str) -> Mapping[str, str]:
     if value is None:
-        return _NONE
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise InvalidArgument(f"{where}: not an object of strings: invalid argument")
     return value
