@@ -353,9 +353,7 @@ def _explained(error: OSError, type: str, source: str, target: str, opts: Option
     data = opts.data if len(opts.data) <= 512 else opts.data[:500] + "…"
     what = f"mount {type or 'none'} {source!r} at {target!r} (flags {describe_flags(opts.flags)}, data {data!r})"
     number = error.errno or errno.EIO
-    explained = OSError(number, f"{what}: {error.strerror}")
-    explained.filename = target
-    return explained
+    return OSError(number, f"{what}: {error.strerror}")
 
 
 def mount_all(mounts: Iterable[Mount], target: str) -> None:

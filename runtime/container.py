@@ -1,0 +1,205 @@
+"""The OCI runtime as a library: what the shim calls, and what the command `wherry-runtime` is made of.
+
+All functions are plain and blocking, start no thread and import nothing late (call `preload()` once before forking, as
+the fork server does). They raise `ContainerError` (`.message`, `.kind`), whose texts are runc's where callers look.
+
+How a shim uses it::
+
+    container.preload()                                   # fork server, once, after sealed.ensure_sealed()
+    pid = container.forked(container.create, request)     # shim: forks, the child makes init and exits
+    container.start(root, id)                             # init goes on and becomes the user's program
+    ... waitpid(pid) ...                                  # the shim is a subreaper: init is its child now
+    container.forked(container.delete, root, id)
+
+`create` and `exec_process` may also be called without `forked`: init is then a direct child of the caller. They leave
+the calling process as it was (its namespaces, cgroup, cwd, descriptors). With `forked` the caller must be a subreaper
+(`wherry.linux.process.set_child_subreaper`) and init becomes its child by the time `forked` returns.
+
+Standard streams: `stdio=(in, out, err)` are descriptors that become 0, 1, 2 of the container's process; None keeps the
+caller's own. With `process.terminal` they are ignored: a pty is made inside, its master goes to `console_socket` (a path,
+connected to; or `console_fd`, an already connected SOCK_STREAM socket) as SCM_RIGHTS, as runc does it.
+
+Nothing else of the caller's descriptors reaches the container, save the `preserve_fds` that follow 2.
+"""
+
+from __future__ import annotations
+
+import os
+
+from wherry.runtime.errors import ContainerError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+
+class CreateRequest:
+    """Parameters of `create`, never changed afterwards.
+
+    root: folder of all states (`--root`); id: the container's; bundle: folder with config.json; spec: the parsed
+    config.json, or None to read it from the bundle.
+    """
+
+    __slots__ = (
+        "bundle",
+        "console_fd",
+        "console_socket",
+        "id",
+        "no_new_keyring",
+        "no_pivot",
+        "pid_file",
+        "preserve_fds",
+        "root",
+        "spec",
+        "stdio",
+        "systemd_cgroup",
+    )
+
+    def __init__(
+        self,
+        root: str,
+        id: str,  # noqa: A002
+        bundle: str,
+        *,
+        spec: dict[str, Any] | None = None,
+        stdio: tuple[int, int, int] | None = None,
+        console_socket: str = "",
+        console_fd: int = -1,
+        pid_file: str = "",
+        no_pivot: bool = False,
+        no_new_keyring: bool = False,
+        preserve_fds: int = 0,
+        systemd_cgroup: bool = False,
+    ) -> None:
+        self.root = root
+        self.id = id
+        self.bundle = bundle
+        self.spec = spec
+        self.stdio = stdio
+        self.console_socket = console_socket
+        self.console_fd = console_fd
+        self.pid_file = pid_file
+        self.no_pivot = no_pivot
+        self.no_new_keyring = no_new_keyring
+        self.preserve_fds = preserve_fds
+        self.systemd_cgroup = systemd_cgroup
+
+
+class ExecRequest:
+    """Parameters of `exec_process`. process: an OCI `process` object (args, env, cwd, user, terminal, capabilities …)."""
+
+    __slots__ = (
+        "console_fd",
+        "console_socket",
+        "id",
+        "ignore_paused",
+        "pid_file",
+        "preserve_fds",
+        "process",
+        "root",
+        "stdio",
+    )
+
+    def __init__(
+        self,
+        root: str,
+        id: str,  # noqa: A002
+        process: dict[str, Any],
+        *,
+        stdio: tuple[int, int, int] | None = None,
+        console_socket: str = "",
+        console_fd: int = -1,
+        pid_file: str = "",
+        preserve_fds: int = 0,
+        ignore_paused: bool = False,
+    ) -> None:
+        self.root = root
+        self.id = id
+        self.process = process
+        self.stdio = stdio
+        self.console_socket = console_socket
+        self.console_fd = console_fd
+        self.pid_file = pid_file
+        self.preserve_fds = preserve_fds
+        self.ignore_paused = ignore_paused
+
+
+def preload() -> None:
+    """Import everything that any call of this module needs, so that nothing is imported after a fork."""
+
+
+def create(request: CreateRequest) -> int:
+    """Make the container up to the point where only the user's program is missing; init waits for `start`.
+
+    Returns init's pid (in the caller's pid namespace). Whatever fails is undone before the error is raised:
+    `unable to start container process: exec: "nosuch": executable file not found in $PATH` and the like.
+    """
+    raise ContainerError("being written")
+
+
+def start(root: str, id: str) -> None:  # noqa: A002
+    """Let a created container's init execute the user's program. Any process may call it."""
+    raise ContainerError("being written")
+
+
+def exec_process(request: ExecRequest) -> int:
+    """Run another process in a running container's namespaces and cgroup; returns its pid.
+
+    `exec failed: unable to start container process: exec: "nosuch": executable file not found in $PATH` if it can't be.
+    """
+    raise ContainerError("being written")
+
+
+def kill(root: str, id: str, signal: int, *, all: bool = False) -> None:  # noqa: A002
+    """Signal init, or with `all` every process of the container's cgroup. Stopped: `container not running`."""
+    raise ContainerError("being written")
+
+
+def delete(root: str, id: str, *, force: bool = False) -> None:  # noqa: A002
+    """Remove a stopped (or only created) container: cgroup, state; runs poststop hooks. `force` kills it first."""
+    raise ContainerError("being written")
+
+
+def state(root: str, id: str) -> dict[str, Any]:  # noqa: A002
+    """OCI state as `runc state` prints it: ociVersion, id, pid, status, bundle, rootfs, created, annotations, owner."""
+    raise ContainerError("being written")
+
+
+def pause(root: str, id: str) -> None:  # noqa: A002
+    """Freeze all processes of the container."""
+    raise ContainerError("being written")
+
+
+def resume(root: str, id: str) -> None:  # noqa: A002
+    raise ContainerError("being written")
+
+
+def update(root: str, id: str, resources: dict[str, Any]) -> None:  # noqa: A002
+    """Apply an OCI `linux.resources` object (only the fields that are there) to the container's cgroup."""
+    raise ContainerError("being written")
+
+
+def pids(root: str, id: str) -> list[int]:  # noqa: A002
+    """All processes in the container's cgroup, as pids of the caller's namespace."""
+    raise ContainerError("being written")
+
+
+def cgroup(root: str, id: str) -> Any:  # noqa: A002
+    """The container's `wherry.linux.cgroups` object: statistics, OOM events."""
+    raise ContainerError("being written")
+
+
+def forked(function: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """Call `function` in a forked child and give back its result, or raise its ContainerError here.
+
+    The child is waited for. Only None, ints, strings and what JSON holds come back. A child that dies without a word
+    raises ContainerError with its wait status.
+    """
+    return _forked(function, args, kwargs)
+
+
+def _forked(function: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
+    raise ContainerError(f"being written {os.getpid()} {function} {args} {kwargs}")
