@@ -202,7 +202,7 @@ class ServerConnection:
         self.streams: dict[int, State] = {}
 
     def receive(self, data: bytes) -> list[Call | Payload | Reply]:
-        """What these bytes bring, in order. Raises ProtocolError for what isn't ttrpc: the connection is to be closed."""
+        """What these bytes bring, in order. Raises ProtocolError for what isn't ttrpc: then close the connection."""
         return [
             event
             for frame in self._parser.feed(data)
@@ -360,7 +360,7 @@ class ClientConnection:
         self.streams[stream_id] = state
 
     def receive(self, data: bytes) -> list[Answer | Payload]:
-        """What these bytes bring, in order. Raises ProtocolError for what isn't ttrpc: the connection is to be closed."""
+        """What these bytes bring, in order. Raises ProtocolError for what isn't ttrpc: then close the connection."""
         found: list[Answer | Payload] = []
         for frame in self._parser.feed(data):
             if frame.stream_id not in self.streams:
