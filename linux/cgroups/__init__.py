@@ -38,5 +38,6 @@ def plan(cgroups_path: str, container_id: str) -> Cgroup:
 def restore(paths: Mapping[str, str]) -> Cgroup:
     """The cgroup with these directories (`Cgroup.paths` of the object that made it)."""
     if "" in paths:
-        return CgroupV2(paths[""])
+        unified = host().v2
+        return CgroupV2(paths[""], unified.mountpoint if unified is not None else "/sys/fs/cgroup")
     return CgroupV1(dict(paths))

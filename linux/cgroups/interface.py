@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Cgroup(ABC):
     make no sense here (with runc's words where clients look at them).
     """
 
-    version: Literal[1, 2]
+    version: ClassVar[Literal[1, 2]]
     #: Directory of each controller, as runc keeps them in state.json (`cgroup_paths`): on v1 controller → directory,
     #: on v2 one entry with the key "".
     paths: dict[str, str]
