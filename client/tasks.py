@@ -1,0 +1,232 @@
+"""Tasks: containers that run, and the processes in them."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.any_pb2 import Any as Packed
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from wherry.client.transport import Calls, Pending
+from wherry.client.values import Mount, descriptor_from, descriptor_message, seconds
+from wherry.core import typeurl
+from wherry.core.descriptor import Descriptor
+from wherry.proto import task_types_pb2
+from wherry.proto import tasks_pb2 as pb
+
+_SERVICE = "containerd.services.tasks.v1.Tasks"
+STATUSES = {value: name for name, value in task_types_pb2.Status.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Stdio:
+    """Where a process' streams go: paths of FIFOs, URIs (`file://`, `binary://`), or nothing."""
+
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    terminal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process: `status` is `CREATED`, `RUNNING`, `STOPPED`, `PAUSED`, `PAUSING` or `UNKNOWN`."""
+
+    container_id: str
+    id: str
+    pid: int
+    status: str
+    stdio: Stdio
+    exit_status: int = 0
+    exited_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended: its exit code (128 + N after signal N), and when."""
+
+    status: int
+    at: float
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One sample of a task's cgroup; `data` is the message of the cgroup's version (`io.containerd.cgroups.v1|v2`)."""
+
+    id: str
+    at: float
+    data: Packed
+
+
+def _process(message: task_types_pb2.Process) -> Process:
+    return Process(
+        container_id=message.container_id or message.id,
+        id=message.id,
+        pid=message.pid,
+        status=STATUSES.get(message.status, "UNKNOWN"),
+        stdio=Stdio(message.stdin, message.stdout, message.stderr, message.terminal),
+        exit_status=message.exit_status,
+        exited_at=seconds(message.exited_at),
+    )
+
+
+class PendingExit:
+    """A wait that was sent: the answer comes when the process ends."""
+
+    def __init__(self, pending: Pending[pb.WaitResponse]) -> None:
+        self.pending = pending
+
+    async def result(self) -> Exit:
+        """Waits for the end."""
+        answer = await self.pending.result()
+        return Exit(answer.exit_status, seconds(answer.exited_at))
+
+    def cancel(self) -> None:
+        """Stops waiting; the process doesn't notice."""
+        self.pending.cancel()
+
+
+class Tasks:
+    """The tasks of a namespace. `exec_id` names a further process, "" the container's first one."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def list(self) -> list[Process]:
+        """The first process of every task."""
+        answer = await self._calls.unary(f"{_SERVICE}/List", pb.ListTasksRequest(), pb.ListTasksResponse)
+        return [_process(item) for item in answer.tasks]
+
+    async def get(self, container: str, exec_id: str = "") -> Process:
+        """One process; raises NotFound."""
+        request = pb.GetRequest(container_id=container, exec_id=exec_id)
+        answer = await self._calls.unary(f"{_SERVICE}/Get", request, pb.GetResponse)
+        return _process(answer.process)
+
+    async def create(
+        self,
+        container: str,
+        mounts: Iterable[Mount],
+        stdio: Stdio,
+        *,
+        options: Message | None = None,
+        checkpoint: Descriptor | None = None,
+        runtime_path: str = "",
+    ) -> int:
+        """Makes a task of a container, created but not started, and returns its pid.
+
+        `options` go to the runtime in place of the container's. Raises AlreadyExists, NotFound, and what the runtime
+        says against the spec.
+        """
+        request = pb.CreateTaskRequest(
+            container_id=container,
+            rootfs=[mount.message() for mount in mounts],
+            stdin=stdio.stdin,
+            stdout=stdio.stdout,
+            stderr=stdio.stderr,
+            terminal=stdio.terminal,
+            runtime_path=runtime_path,
+        )
+        if options is not None:
+            request.options.CopyFrom(typeurl.pack(options))
+        if checkpoint is not None:
+            request.checkpoint.CopyFrom(descriptor_message(checkpoint))
+        answer = await self._calls.unary(f"{_SERVICE}/Create", request, pb.CreateTaskResponse)
+        return answer.pid
+
+    async def start(self, container: str, exec_id: str = "") -> int:
+        """Starts what was created and returns its pid; raises the runtime's error."""
+        request = pb.StartRequest(container_id=container, exec_id=exec_id)
+        answer = await self._calls.unary(f"{_SERVICE}/Start", request, pb.StartResponse)
+        return answer.pid
+
+    async def exec(self, container: str, exec_id: str, process: Mapping[str, Any], stdio: Stdio) -> None:
+        """Adds a process (the `process` of an OCI spec) to a task; it isn't started yet."""
+        request = pb.ExecProcessRequest(
+            container_id=container,
+            exec_id=exec_id,
+            stdin=stdio.stdin,
+            stdout=stdio.stdout,
+            stderr=stdio.stderr,
+            terminal=stdio.terminal,
+            spec=typeurl.pack_json(typeurl.PROCESS, process),
+        )
+        await self._calls.unary(f"{_SERVICE}/Exec", request, Empty)
+
+    def waiting(self, container: str, exec_id: str = "") -> PendingExit:
+        """Asks for the end of a process; sent before its start, nothing is missed."""
+        request = pb.WaitRequest(container_id=container, exec_id=exec_id)
+        return PendingExit(self._calls.begin(f"{_SERVICE}/Wait", request, pb.WaitResponse))
+
+    async def wait(self, container: str, exec_id: str = "") -> Exit:
+        """Waits for the end of a process."""
+        return await self.waiting(container, exec_id).result()
+
+    async def kill(self, container: str, signal: int, exec_id: str = "", *, every: bool = False) -> None:
+        """Sends a signal to one process, or with `every` to all in the container; raises NotFound when it is over."""
+        request = pb.KillRequest(container_id=container, exec_id=exec_id, signal=signal, all=every)
+        await self._calls.unary(f"{_SERVICE}/Kill", request, Empty)
+
+    async def delete(self, container: str, exec_id: str = "") -> Exit:
+        """Removes an ended task or process; raises FailedPrecondition while it runs."""
+        if exec_id:
+            process = pb.DeleteProcessRequest(container_id=container, exec_id=exec_id)
+            answer = await self._calls.unary(f"{_SERVICE}/DeleteProcess", process, pb.DeleteResponse)
+        else:
+            task = pb.DeleteTaskRequest(container_id=container)
+            answer = await self._calls.unary(f"{_SERVICE}/Delete", task, pb.DeleteResponse)
+        return Exit(answer.exit_status, seconds(answer.exited_at), answer.pid)
+
+    async def pause(self, container: str) -> None:
+        """Freezes a task."""
+        await self._calls.unary(f"{_SERVICE}/Pause", pb.PauseTaskRequest(container_id=container), Empty)
+
+    async def resume(self, container: str) -> None:
+        """Thaws a task."""
+        await self._calls.unary(f"{_SERVICE}/Resume", pb.ResumeTaskRequest(container_id=container), Empty)
+
+    async def resize(self, container: str, width: int, height: int, exec_id: str = "") -> None:
+        """Tells a terminal its size in characters."""
+        request = pb.ResizePtyRequest(container_id=container, exec_id=exec_id, width=width, height=height)
+        await self._calls.unary(f"{_SERVICE}/ResizePty", request, Empty)
+
+    async def close_stdin(self, container: str, exec_id: str = "") -> None:
+        """Ends a process' input: the shim holds the FIFO open until it is told."""
+        request = pb.CloseIORequest(container_id=container, exec_id=exec_id, stdin=True)
+        await self._calls.unary(f"{_SERVICE}/CloseIO", request, Empty)
+
+    async def pids(self, container: str) -> builtins.list[tuple[int, Packed]]:
+        """The processes in a container, as the host numbers them, each with what the runtime knows of it."""
+        request = pb.ListPidsRequest(container_id=container)
+        answer = await self._calls.unary(f"{_SERVICE}/ListPids", request, pb.ListPidsResponse)
+        return [(item.pid, item.info) for item in answer.processes]
+
+    async def metrics(self, ids: Iterable[str] = ()) -> builtins.list[Metrics]:
+        """A sample of each task, or of those named."""
+        request = pb.MetricsRequest(filters=[f"id=={container}" for container in ids])
+        answer = await self._calls.unary(f"{_SERVICE}/Metrics", request, pb.MetricsResponse)
+        return [Metrics(item.id, seconds(item.timestamp), item.data) for item in answer.metrics]
+
+    async def update(
+        self, container: str, resources: Mapping[str, Any], annotations: Mapping[str, str] | None = None
+    ) -> None:
+        """Changes limits: `resources` is `linux.resources` of an OCI spec."""
+        request = pb.UpdateTaskRequest(
+            container_id=container,
+            resources=typeurl.pack_json(typeurl.LINUX_RESOURCES, resources),
+            annotations=dict(annotations or {}),
+        )
+        await self._calls.unary(f"{_SERVICE}/Update", request, Empty)
+
+    async def checkpoint(self, container: str, options: Message | None = None) -> builtins.list[Descriptor]:
+        """Writes a checkpoint into the content store; raises Unimplemented where the runtime has none."""
+        request = pb.CheckpointTaskRequest(container_id=container)
+        if options is not None:
+            request.options.CopyFrom(typeurl.pack(options))
+        answer = await self._calls.unary(f"{_SERVICE}/Checkpoint", request, pb.CheckpointTaskResponse)
+        return [descriptor_from(item) for item in answer.descriptors]
