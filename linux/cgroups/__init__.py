@@ -12,12 +12,14 @@ On a hybrid host containers live in the v1 hierarchies, as with runc.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from wherry.linux.cgroups.interface import Cgroup, OomWatch, Stats
 from wherry.linux.cgroups.layout import Layout, Mode, host
 from wherry.linux.cgroups.v1 import CgroupV1
 from wherry.linux.cgroups.v2 import CgroupV2
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Cgroup", "Layout", "Mode", "OomWatch", "Stats", "host", "plan", "restore"]
 
@@ -27,7 +29,7 @@ def plan(cgroups_path: str, container_id: str) -> Cgroup:
 
     An absolute path is below the root of the hierarchy; a relative one is below the caller's own cgroup (on v2 beside
     it: a cgroup with processes can't delegate controllers); an empty one means the container's id as a relative path
-    (rules of runc's fs drivers). Raises InvalidArgument for a path that leaves the hierarchy.
+    (rules of runc's fs drivers). Raises ValueError for a path that leaves the hierarchy.
     """
     layout = host()
     if layout.mode is Mode.V2:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from wherry.core.errors import InvalidArgument
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
 
 _MAX_SHARES = 262144
 _MAX_WEIGHT = 10000
@@ -37,7 +39,7 @@ def io_weight(weight: int) -> int:
 def swap_max(memory_swap: int, memory: int) -> int | None:
     """`memory.swap.max` (bytes, -1 for max) for the spec's memory+swap limit; None means: leave it.
 
-    Raises InvalidArgument for a swap limit without or below the memory limit.
+    Raises ValueError for a swap limit without or below the memory limit.
     """
     if memory == -1 and memory_swap == 0:
         return -1  # as on v1, where lifting the memory limit lifts memory+swap too
@@ -47,13 +49,13 @@ def swap_max(memory_swap: int, memory: int) -> int | None:
         return -1
     if memory in {0, -1}:
         msg = "unable to set swap limit without memory limit"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     if memory < 0:
         msg = f"invalid memory value: {memory}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     if memory_swap < memory:
         msg = "memory+swap limit should be >= memory limit"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     return memory_swap - memory
 
 
@@ -63,13 +65,13 @@ def limit(value: int) -> str:
 
 
 def integer(section: Mapping[str, Any], key: str, where: str) -> int:
-    """A number of the spec, 0 if it is absent or null. Raises InvalidArgument if it is something else."""
+    """A number of the spec, 0 if it is absent or null. Raises ValueError if it is something else."""
     value = section.get(key)
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int):
         msg = f"linux.resources.{where}.{key}: {value!r} is not a whole number"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     return value
 
 
@@ -78,9 +80,9 @@ def section(resources: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = resources.get(key)
     if value is None:
         return {}
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         msg = f"linux.resources.{key} is not an object"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     return value
 
 
@@ -89,7 +91,7 @@ def items(holder: Mapping[str, Any], key: str, where: str) -> list[Mapping[str, 
     value = holder.get(key)
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         msg = f"linux.resources.{where} is not a list of objects"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     return value

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import resource
 import struct
 
@@ -158,9 +157,9 @@ def _bpf(command: int, attr: bytes, directory: str) -> int:
 
 
 def _call(command: int, attr: ctypes.Array[ctypes.c_char], directory: str) -> int:
-    number = _SYS_BPF.get(platform.machine())
+    number = _SYS_BPF.get(os.uname().machine)
     if number is None:
-        raise OSError(errno.ENOSYS, f"bpf(2) has no known number on {platform.machine()}", directory)
+        raise OSError(errno.ENOSYS, f"bpf(2) has no known number on {os.uname().machine}", directory)
     result = int(_libc.syscall(ctypes.c_long(number), ctypes.c_long(command), attr, ctypes.c_ulong(len(attr))))
     if result < 0:
         code = ctypes.get_errno()

@@ -7,27 +7,30 @@ without a match access is denied (runc's behaviour, which starts from an empty l
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from wherry.core.errors import InvalidArgument
 from wherry.linux.cgroups.files import read, write
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
 
 #: Major or minor number that matches all.
 ANY = -1
 _TYPES = {"a": "a", "": "a", "c": "c", "u": "c", "b": "b"}
 
 
-@dataclass(frozen=True, slots=True)
 class Rule:
     """`kind` is "a" (all), "c" or "b"; `access` is made of "r", "w" and "m"; ANY stands for all numbers."""
 
-    allow: bool
-    kind: str
-    major: int
-    minor: int
-    access: str
+    __slots__ = ("access", "allow", "kind", "major", "minor")
+
+    def __init__(self, allow: bool, kind: str, major: int, minor: int, access: str) -> None:
+        self.allow = allow
+        self.kind = kind
+        self.major = major
+        self.minor = minor
+        self.access = access
 
     def __str__(self) -> str:
         """As devices.allow and devices.deny of v1 want it."""
@@ -57,7 +60,7 @@ DEFAULT_RULES = (
 
 
 def parse(rules: Iterable[Mapping[str, Any]]) -> list[Rule]:
-    """The spec's rules. Raises InvalidArgument for a type, an access or a number that isn't one."""
+    """The spec's rules. Raises ValueError for a type, an access or a number that isn't one."""
     return [_parse(index, rule) for index, rule in enumerate(rules)]
 
 
@@ -83,13 +86,13 @@ def _parse(index: int, rule: Mapping[str, Any]) -> Rule:
     where = f"linux.resources.devices[{index}]"
     if kind is None:
         msg = f"{where}: invalid device type {rule.get('type')!r}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     if not set(access) <= set("rwm"):
         msg = f"{where}: invalid device access {access!r}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     if not all(isinstance(value, int) and -1 <= value < 2**31 for value in (major, minor)):
         msg = f"{where}: invalid device number {major!r}:{minor!r}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     if kind == "a":
         major = minor = ANY
     access = "".join(letter for letter in "rwm" if letter in access)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: "max" in a v2 file, and what containerd's metrics call unlimited.
 UNLIMITED = 2**64 - 1
@@ -44,6 +47,24 @@ def write(path: str, value: str) -> None:
         raise OSError(error.errno, msg, path) from None
     finally:
         os.close(fd)
+
+
+def try_write(path: str, value: str) -> bool:
+    """Write a value; False where the kernel refuses or has no such file."""
+    try:
+        write(path, value)
+    except OSError:
+        return False
+    return True
+
+
+def signal_all(pids: list[int], signal: int) -> None:
+    """Send a signal to each; those that are gone by now don't matter."""
+    for pid in pids:
+        try:
+            os.kill(pid, signal)
+        except ProcessLookupError:
+            continue
 
 
 def number(text: str, default: int = 0) -> int:

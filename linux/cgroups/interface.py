@@ -11,14 +11,15 @@ state but the host's layout, which is read once (`layout.host`), best before the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, ClassVar, Literal
 
 
-@dataclass(frozen=True, slots=True)
 class Stats:
-    """One reading of a cgroup's counters.
+    """One reading of a cgroup's counters (a plain class: `dataclasses` alone costs 9 ms to import).
 
     `values` has the shape of `io.containerd.cgroups.v1.Metrics` (version 1) or `…v2.Metrics` (version 2): nested
     dicts and lists of dicts with the field names of the proto, so that `Metrics(**stats.values)` is the message.
@@ -26,16 +27,21 @@ class Stats:
     left out, except that a limit of "max" is 2**64 - 1.
     """
 
-    version: Literal[1, 2]
-    values: dict[str, Any]
+    __slots__ = ("values", "version")
+
+    def __init__(self, version: Literal[1, 2], values: dict[str, Any]) -> None:
+        self.version = version
+        self.values = values
 
 
-class OomWatch(Protocol):
+class OomWatch(ABC):
     """Tells of OOM events in the memory cgroup. Register `fileno()` for reading, then call `read`."""
 
+    @abstractmethod
     def fileno(self) -> int:
         """A descriptor that becomes readable when something happened; -1 after `close`."""
 
+    @abstractmethod
     def read(self) -> bool:
         """Take what is pending, without blocking; True if it was an OOM (kill) that was not told before.
 
@@ -44,9 +50,11 @@ class OomWatch(Protocol):
         """
 
     @property
+    @abstractmethod
     def gone(self) -> bool:
         """The cgroup was removed (nothing more will come)."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free the descriptors; may be called twice."""
 
@@ -54,8 +62,9 @@ class OomWatch(Protocol):
 class Cgroup(ABC):
     """The cgroup of one container.
 
-    Methods raise OSError with the file's name in it where the kernel refuses, and `InvalidArgument` for resources that
-    make no sense here (with runc's words where clients look at them).
+    Methods raise OSError with the file's name in it where the kernel refuses, FileNotFoundError where the cgroup is
+    gone, TimeoutError where it didn't freeze in time, and ValueError for resources that make no sense here (with
+    runc's words where clients look at them). Whoever speaks to a client turns them into its kinds of errors.
     """
 
     version: ClassVar[Literal[1, 2]]
@@ -106,11 +115,11 @@ class Cgroup(ABC):
 
     @abstractmethod
     def stats(self) -> Stats:
-        """Read the counters. Files that aren't there are left out; NotFound if the cgroup itself is gone."""
+        """Read the counters. Files that aren't there are left out; FileNotFoundError if the cgroup itself is gone."""
 
     @abstractmethod
     def freeze(self, timeout: float = 10.0) -> None:
-        """Stop every process and wait until the kernel says so; thaws and raises DeadlineExceeded after `timeout` s."""
+        """Stop every process and wait until the kernel says so; thaws and raises TimeoutError after `timeout` s."""
 
     @abstractmethod
     def thaw(self, timeout: float = 10.0) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
-import re
-from dataclasses import dataclass
-from enum import Enum
-
-from wherry.core.errors import InvalidArgument, NotFound
 
 #: The v1 hierarchies that a container gets a directory in, in runc's order (devices before what fills them).
 V1_CONTROLLERS = (
@@ -27,10 +23,9 @@ V1_CONTROLLERS = (
     "rdma",
     "name=systemd",
 )
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
-class Mode(Enum):
+class Mode:
     """V2: unified. V1: legacy hierarchies only. HYBRID: legacy controllers and an empty v2 tree beside them."""
 
     V1 = "legacy"
@@ -38,12 +33,14 @@ class Mode(Enum):
     HYBRID = "hybrid"
 
 
-@dataclass(frozen=True, slots=True)
 class Hierarchy:
     """One mounted hierarchy: where, and which part of it the mount shows ("/" outside a container)."""
 
-    mountpoint: str
-    root: str
+    __slots__ = ("mountpoint", "root")
+
+    def __init__(self, mountpoint: str, root: str) -> None:
+        self.mountpoint = mountpoint
+        self.root = root
 
     def below(self, own: str, path: str) -> str:
         """The directory of `path`, which is relative to the cgroup `own`, a path of /proc/self/cgroup."""
@@ -54,13 +51,15 @@ class Hierarchy:
         return posixpath.normpath(posixpath.join(self.mountpoint, inside, path))
 
 
-@dataclass(frozen=True, slots=True)
 class Layout:
     """`v1`: controller (or name=NAME) → hierarchy. `v2`: the unified tree, on hybrid hosts one without controllers."""
 
-    mode: Mode
-    v1: dict[str, Hierarchy]
-    v2: Hierarchy | None
+    __slots__ = ("mode", "v1", "v2")
+
+    def __init__(self, mode: str, v1: dict[str, Hierarchy], v2: Hierarchy | None) -> None:
+        self.mode = mode
+        self.v1 = v1
+        self.v2 = v2
 
 
 _host: Layout | None = None
@@ -97,7 +96,7 @@ def detect(mountinfo: str = "/proc/self/mountinfo") -> Layout:
         return Layout(Mode.V2, {}, v2)
     if not v1:
         msg = "no cgroup hierarchy is mounted on this host (/sys/fs/cgroup)"
-        raise NotFound(msg)
+        raise FileNotFoundError(errno.ENOENT, msg)
     return Layout(Mode.V1 if v2 is None else Mode.HYBRID, v1, v2)
 
 
@@ -115,7 +114,7 @@ def own_cgroups(pid: int | str = "self") -> dict[str, str]:
 
 
 def inner_path(cgroups_path: str, container_id: str) -> str:
-    """The spec's path, cleaned; raises InvalidArgument where it climbs or names the root of the hierarchy.
+    """The spec's path, cleaned; raises ValueError where it climbs or names the root of the hierarchy.
 
     runc clips a path that climbs; an explicit error is kinder than a container in an unexpected place.
     """
@@ -124,9 +123,12 @@ def inner_path(cgroups_path: str, container_id: str) -> str:
         path = path[1:]
     if path == ".." or path.startswith("../") or path in ("/", "."):
         msg = f"invalid cgroup path {cgroups_path!r}: it must name a cgroup below the hierarchy's root"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     return path
 
 
 def _unescape(field: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), field) if "\\" in field else field
+    """Undo proc(5)'s escapes of space, tab, newline and backslash (three octal digits)."""
+    for escape, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(escape, character)
+    return field

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 
 from wherry.linux.cgroups.files import key_values, read_or_empty, write
+from wherry.linux.cgroups.interface import OomWatch
 
 _IN_MODIFY, _IN_NONBLOCK, _IN_CLOEXEC = 0x2, os.O_NONBLOCK, os.O_CLOEXEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class EventsWatch:
+class EventsWatch(OomWatch):
     """v2. The kernel tells of a change of memory.events with IN_MODIFY; a removed cgroup is silent, hence `gone`."""
 
     def __init__(self, path: str) -> None:
@@ -37,8 +37,10 @@ class EventsWatch:
         return self._gone
 
     def read(self) -> bool:
-        with contextlib.suppress(BlockingIOError):  # told already; the counter decides
+        try:
             os.read(self._fd, 4096)
+        except BlockingIOError:
+            return False  # told already
         kills = self._kills()
         told, self._seen = kills > self._seen, max(kills, self._seen)
         return told
@@ -55,7 +57,7 @@ class EventsWatch:
             self._fd = -1
 
 
-class EventfdWatch:
+class EventfdWatch(OomWatch):
     """v1. An eventfd is bound to memory.oom_control by cgroup.event_control (memory.rst of cgroup-v1, section 9)."""
 
     def __init__(self, directory: str) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Mapping
-from typing import Any
 
-from wherry.core.errors import InvalidArgument
 from wherry.linux.cgroups.convert import integer, items, section
-from wherry.linux.cgroups.files import read, read_or_empty, write
+from wherry.linux.cgroups.files import read, read_or_empty, try_write, write
 from wherry.linux.cgroups.resources_v2 import check_memory, device_number, hugepage_size, rdma_line
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 _THROTTLES = (
     ("throttleReadBpsDevice", "blkio.throttle.read_bps_device"),
@@ -24,7 +25,7 @@ _THROTTLES = (
 def apply(paths: Mapping[str, str], resources: Mapping[str, Any]) -> None:
     """Write everything but the device rules. `paths`: controller → directory.
 
-    Raises InvalidArgument where a limit asks for a controller that this host doesn't have.
+    Raises ValueError where a limit asks for a controller that this host doesn't have.
     """
     cpu = section(resources, "cpu")
     if cpu.get("cpus") or cpu.get("mems"):
@@ -41,21 +42,20 @@ def apply(paths: Mapping[str, str], resources: Mapping[str, Any]) -> None:
         size, value = hugepage_size(index, entry), integer(entry, "limit", "hugepageLimits")
         directory = _directory(paths, "hugetlb")
         write(f"{directory}/hugetlb.{size}.limit_in_bytes", str(value))
-        with contextlib.suppress(FileNotFoundError):  # reservations are accounted since 5.7
-            write(f"{directory}/hugetlb.{size}.rsvd.limit_in_bytes", str(value))
+        try_write(f"{directory}/hugetlb.{size}.rsvd.limit_in_bytes", str(value))  # accounted since 5.7
     _network(paths, section(resources, "network"))
     for device, rdma in section(resources, "rdma").items():
         write(f"{_directory(paths, 'rdma')}/rdma.max", rdma_line(device, rdma))
     if section(resources, "unified"):
         msg = "linux.resources.unified needs cgroup v2, and this host runs containers on v1"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
 
 
 def _directory(paths: Mapping[str, str], controller: str) -> str:
     directory = paths.get(controller)
     if directory is None:
         msg = f"cannot set {controller} limit: container could not join or create cgroup (no {controller} controller)"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     return directory
 
 
@@ -74,7 +74,7 @@ def _memory(directory: str, memory: Mapping[str, Any]) -> None:
     if (swappiness := memory.get("swappiness")) is not None:
         if not isinstance(swappiness, int) or not 0 <= swappiness <= 100:
             msg = f"invalid memory swappiness value: {swappiness} (valid range is 0-100)"
-            raise InvalidArgument(msg)
+            raise ValueError(msg)
         write(f"{directory}/memory.swappiness", str(swappiness))
 
 
@@ -126,8 +126,8 @@ def _cpu(paths: Mapping[str, str], cpu: Mapping[str, Any]) -> None:
         write(f"{directory}/cpu.rt_runtime_us", str(values["realtimeRuntime"]))
     burst = cpu.get("burst")
     if burst is not None:
-        with contextlib.suppress(OSError):  # above the present quota: again below, when the new one is set
-            write(f"{directory}/cpu.cfs_burst_us", str(burst))
+        # above the present quota it is refused: again below, when the new one is set
+        try_write(f"{directory}/cpu.cfs_burst_us", str(burst))
     _quota(directory, values["quota"], values["period"])
     if burst is not None:
         write(f"{directory}/cpu.cfs_burst_us", str(burst))
@@ -157,10 +157,10 @@ def _shares(directory: str, shares: int) -> None:
     got = int(read(f"{directory}/cpu.shares"))
     if shares > got:
         msg = f"the maximum allowed cpu-shares is {got}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     if shares < got:
         msg = f"the minimum allowed cpu-shares is {got}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
 
 
 def _cpuset(directory: str, cpu: Mapping[str, Any]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from collections.abc import Mapping
-from typing import Any
 
-from wherry.core.errors import InvalidArgument
 from wherry.linux.cgroups.convert import cpu_weight, integer, io_weight, items, limit, section, swap_max
-from wherry.linux.cgroups.files import read, read_or_empty, write
+from wherry.linux.cgroups.files import read, read_or_empty, try_write, write
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 _THROTTLES = (
     ("throttleReadBpsDevice", "rbps"),
@@ -62,7 +63,7 @@ def check_memory(usage_file: str, maximum: int) -> None:
     usage = int(read_or_empty(usage_file) or 0)
     if 0 < maximum < usage:
         msg = f"rejecting memory limit {maximum} < usage {usage}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
 
 
 def _cpu(directory: str, cpu: Mapping[str, Any]) -> None:
@@ -89,7 +90,7 @@ def _cpu(directory: str, cpu: Mapping[str, Any]) -> None:
         write(burst_file, str(burst))
     if integer(cpu, "realtimeRuntime", "cpu") or integer(cpu, "realtimePeriod", "cpu"):
         msg = "linux.resources.cpu: realtime limits can't be set on cgroup v2"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
 
 
 def _cpuset(directory: str, cpu: Mapping[str, Any]) -> None:
@@ -122,14 +123,14 @@ def device_number(entry: Mapping[str, Any]) -> str:
 
 
 def rdma_line(device: str, entry: object) -> str:
-    """A line of rdma.max, the same on v1 and v2. Raises InvalidArgument where neither limit is given."""
+    """A line of rdma.max, the same on v1 and v2. Raises ValueError where neither limit is given."""
     names = (("hcaHandles", "hca_handle"), ("hcaObjects", "hca_object"))
-    if isinstance(entry, Mapping):
+    if isinstance(entry, dict):
         parts = [f"{name}={entry[key]}" for key, name in names if entry.get(key) is not None]
         if parts:
             return f"{device} {' '.join(parts)}"
     msg = f"linux.resources.rdma[{device}]: neither hcaHandles nor hcaObjects"
-    raise InvalidArgument(msg)
+    raise ValueError(msg)
 
 
 def hugepage_size(index: int, entry: Mapping[str, Any]) -> str:
@@ -137,32 +138,31 @@ def hugepage_size(index: int, entry: Mapping[str, Any]) -> str:
     size = entry.get("pageSize")
     if not isinstance(size, str) or not size.isalnum():
         msg = f"linux.resources.hugepageLimits[{index}].pageSize: invalid size {size!r}"
-        raise InvalidArgument(msg)
+        raise ValueError(msg)
     return size
 
 
 def _hugetlb(directory: str, index: int, entry: Mapping[str, Any]) -> None:
     size, value = hugepage_size(index, entry), integer(entry, "limit", "hugepageLimits")
     write(f"{directory}/hugetlb.{size}.max", str(value))
-    with contextlib.suppress(FileNotFoundError):  # reservations are accounted since 5.7
-        write(f"{directory}/hugetlb.{size}.rsvd.max", str(value))
+    try_write(f"{directory}/hugetlb.{size}.rsvd.max", str(value))  # reservations are accounted since 5.7
 
 
 def _unified(directory: str, unified: Mapping[str, Any]) -> None:
     for key, value in unified.items():
         if "/" in key:
             msg = f'unified resource "{key}" must be a file name (no slashes)'
-            raise InvalidArgument(msg)
+            raise ValueError(msg)
         controller, dot, _ = key.partition(".")
         if not dot:
             msg = f'unified resource "{key}" must be in the form CONTROLLER.PARAMETER'
-            raise InvalidArgument(msg)
+            raise ValueError(msg)
         try:
             for line in str(value).splitlines() or [""]:
                 write(f"{directory}/{key}", line)
         except (FileNotFoundError, PermissionError) as error:
             if controller != "cgroup" and controller not in read(f"{directory}/cgroup.controllers").split():
                 msg = f'unified resource "{key}" can\'t be set: controller "{controller}" not available'
-                raise InvalidArgument(msg) from error
+                raise ValueError(msg) from error
             msg = f'unified resource "{key}" can\'t be set: {error.strerror}'
-            raise InvalidArgument(msg) from error
+            raise ValueError(msg) from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from wherry.linux.cgroups.files import key_values, number, read_or_empty
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
 _MEMORY_FIELDS = (
     *("cache", "rss", "rss_huge", "mapped_file", "dirty", "writeback", "unevictable"),
@@ -30,7 +32,6 @@ _MEMORY = {
     "hierarchical_memsw_limit": "hierarchical_swap_limit",
 }
 _NANOSECONDS = 10**9
-_PAGE_SIZE = re.compile(r"hugetlb\.(\w+)\.limit_in_bytes")
 
 
 def collect(paths: Mapping[str, str]) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def collect(paths: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _hugetlb(directory: str) -> list[dict[str, Any]]:
-    sizes = sorted(match[1] for name in _names(directory) if (match := _PAGE_SIZE.fullmatch(name)))
+    sizes = page_sizes(directory, "limit_in_bytes")
     return [
         {
             "pagesize": size,
@@ -59,15 +60,16 @@ def _hugetlb(directory: str) -> list[dict[str, Any]]:
             "failcnt": number(read_or_empty(f"{directory}/hugetlb.{size}.failcnt")),
         }
         for size in sizes
-        if ".rsvd" not in size
     ]
 
 
-def _names(directory: str) -> list[str]:
+def page_sizes(directory: str, file: str) -> list[str]:
+    """The sizes of huge pages ("2MB") that the cgroup has a file `hugetlb.SIZE.FILE` for."""
     try:
-        return os.listdir(directory)
+        names = [name.split(".", 2) for name in os.listdir(directory) if name.startswith("hugetlb.")]
     except FileNotFoundError:
         return []
+    return sorted(parts[1] for parts in names if parts[2:] == [file])
 
 
 def _pids(directory: str) -> dict[str, int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-from typing import Any
-
 from wherry.linux.cgroups.files import UNLIMITED, key_values, number, read_or_empty
-from wherry.linux.cgroups.stats_v1 import rdma
+from wherry.linux.cgroups.stats_v1 import page_sizes, rdma
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from typing import Any
 
 _CPU = frozenset(
     {
@@ -29,7 +29,6 @@ _MEMORY = frozenset(
 _SPLIT = ("workingset_refault", "workingset_activate")
 _EVENTS = frozenset(["low", "high", "max", "oom", "oom_kill", "oom_group_kill"])
 _IO = frozenset(["rbytes", "wbytes", "rios", "wios"])
-_PAGE_SIZE = re.compile(r"hugetlb\.([^.]+)\.max")
 
 
 def collect(directory: str) -> dict[str, Any]:
@@ -104,11 +103,6 @@ def _pressure(directory: str, name: str, into: dict[str, Any]) -> None:
 
 
 def _hugetlb(directory: str) -> list[dict[str, Any]]:
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        return []
-    sizes = sorted(match[1] for name in names if (match := _PAGE_SIZE.fullmatch(name)))
     return [
         {
             "pagesize": size,
@@ -116,5 +110,5 @@ def _hugetlb(directory: str) -> list[dict[str, Any]]:
             "max": number(read_or_empty(f"{directory}/hugetlb.{size}.max")),
             "failcnt": dict(key_values(read_or_empty(f"{directory}/hugetlb.{size}.events"))).get("max", 0),
         }
-        for size in sizes
+        for size in page_sizes(directory, "max")
     ]

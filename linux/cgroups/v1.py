@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import posixpath
-import signal as signals
 import time
-from collections.abc import Mapping
-from typing import Any
 
-from wherry.core.errors import DeadlineExceeded, FailedPrecondition, NotFound
 from wherry.linux.cgroups import devices, resources_v1, stats_v1
-from wherry.linux.cgroups.files import key_values, list_pids, read, read_or_empty, write
+from wherry.linux.cgroups.files import key_values, list_pids, read, read_or_empty, signal_all, try_write, write
 from wherry.linux.cgroups.interface import Cgroup, OomWatch, Stats
 from wherry.linux.cgroups.layout import V1_CONTROLLERS, Layout, inner_path, own_cgroups
 from wherry.linux.cgroups.oom import EventfdWatch
 from wherry.linux.cgroups.remove import remove_tree
 
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+SIGKILL = 9
 #: Which hierarchy answers for the container's processes; every host has one of them.
 _PROCESS_CONTROLLERS = ("devices", "pids", "freezer", "memory", "name=systemd")
 _FREEZE_STEP = 0.001  # seconds between looks at freezer.state, which can't be polled
@@ -101,7 +102,7 @@ class CgroupV1(Cgroup):
     def stats(self) -> Stats:
         if not self.exists():
             msg = f"cgroup {self._process_directory()}: not found"
-            raise NotFound(msg)
+            raise FileNotFoundError(errno.ENOENT, msg)
         return Stats(1, stats_v1.collect(self.paths))
 
     def freeze(self, timeout: float = 10.0) -> None:
@@ -112,11 +113,11 @@ class CgroupV1(Cgroup):
         while (state := read(path).strip()) != "FROZEN":
             if state != "FREEZING" and looks > 0 and state != "THAWED":
                 msg = f"unexpected state {state} while freezing"
-                raise FailedPrecondition(msg)
+                raise OSError(errno.EOPNOTSUPP, msg)
             if time.monotonic() >= deadline:
                 write(path, "THAWED")
                 msg = f"timeout of {timeout} s reached while waiting for the cgroup to freeze"
-                raise DeadlineExceeded(msg)
+                raise TimeoutError(msg)
             looks += 1
             if looks % 50 == 0:
                 write(path, "THAWED")
@@ -131,14 +132,14 @@ class CgroupV1(Cgroup):
         while read(path).strip() != "THAWED":
             if time.monotonic() >= deadline:
                 msg = f"timeout of {timeout} s reached while waiting for the cgroup to thaw"
-                raise DeadlineExceeded(msg)
+                raise TimeoutError(msg)
             time.sleep(_FREEZE_STEP)
 
     def _freezer(self) -> str:
         directory = self.paths.get("freezer")
         if directory is None:
             msg = "the freezer controller is not available on this host"
-            raise FailedPrecondition(msg)
+            raise OSError(errno.EOPNOTSUPP, msg)
         return directory
 
     def frozen(self) -> bool:
@@ -148,20 +149,22 @@ class CgroupV1(Cgroup):
             return False
         return read_or_empty(f"{directory}/freezer.self_freezing").strip() == "1"
 
-    def kill(self, signal: int = signals.SIGKILL) -> None:
+    def kill(self, signal: int = SIGKILL) -> None:
         """All are frozen while they are signalled, so that nothing forks on and no pid is reused meanwhile."""
-        freezes = signal == signals.SIGKILL and "freezer" in self.paths and self.exists()
+        freezes = signal == SIGKILL and "freezer" in self.paths and self.exists()
         if freezes:
-            with contextlib.suppress(DeadlineExceeded, OSError):
-                self.freeze(2.0)
+            self._try_freeze(2.0)
         try:
-            for pid in self.pids():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal)
+            signal_all(self.pids(), signal)
         finally:
             if freezes:
-                with contextlib.suppress(DeadlineExceeded, OSError):
-                    self.thaw(2.0)
+                try_write(f"{self.paths['freezer']}/freezer.state", "THAWED")
+
+    def _try_freeze(self, timeout: float) -> None:
+        try:
+            self.freeze(timeout)
+        except OSError:
+            return  # it went meanwhile, or something in it can't freeze: signal what there is
 
     def delete(self, timeout: float = 2.0) -> None:
         deadline = time.monotonic() + timeout

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import posixpath
 import select
-import signal as signals
 import time
-from collections.abc import Mapping
-from typing import Any
 
-from wherry.core.errors import DeadlineExceeded, NotFound
 from wherry.linux.cgroups import device_filter, devices, resources_v2, stats_v2
-from wherry.linux.cgroups.files import key_values, list_pids, read, read_or_empty, subdirectories, write
+from wherry.linux.cgroups.files import (
+    key_values,
+    list_pids,
+    read,
+    read_or_empty,
+    signal_all,
+    subdirectories,
+    try_write,
+    write,
+)
 from wherry.linux.cgroups.interface import Cgroup, OomWatch, Stats
 from wherry.linux.cgroups.layout import Layout, inner_path, own_cgroups
 from wherry.linux.cgroups.oom import EventsWatch
 from wherry.linux.cgroups.remove import remove_tree
+
+TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+SIGKILL = 9
+_KILL_ROUNDS = 3
 
 
 class CgroupV2(Cgroup):
@@ -38,7 +50,7 @@ class CgroupV2(Cgroup):
         hierarchy = layout.v2
         if hierarchy is None:
             msg = "cgroup v2 is not mounted on this host"
-            raise NotFound(msg)
+            raise FileNotFoundError(errno.ENOENT, msg)
         path = inner_path(cgroups_path, container_id)
         if path.startswith("/"):
             return cls(hierarchy.mountpoint + path, hierarchy.mountpoint)
@@ -85,8 +97,7 @@ class CgroupV2(Cgroup):
                 write(target, " ".join(f"+{name}" for name in missing))
             except OSError:
                 for name in missing:
-                    with contextlib.suppress(OSError):
-                        write(target, f"+{name}")
+                    try_write(target, f"+{name}")
 
     def apply(self, resources: Mapping[str, Any]) -> None:
         try:
@@ -131,13 +142,13 @@ class CgroupV2(Cgroup):
     def stats(self) -> Stats:
         if not self.exists():
             msg = f"cgroup {self._directory}: not found"
-            raise NotFound(msg)
+            raise FileNotFoundError(errno.ENOENT, msg)
         return Stats(2, stats_v2.collect(self._directory))
 
     def freeze(self, timeout: float = 10.0) -> None:
         try:
             self._set_frozen(True, timeout)
-        except DeadlineExceeded:
+        except TimeoutError:
             write(f"{self._directory}/cgroup.freeze", "0")
             raise
 
@@ -161,13 +172,13 @@ class CgroupV2(Cgroup):
                 if left <= 0:
                     verb = "freeze" if frozen else "thaw"
                     msg = f"timeout of {timeout} s reached while waiting for the cgroup to {verb}"
-                    raise DeadlineExceeded(msg)
+                    raise TimeoutError(msg)
                 poll.poll(left * 1000)
         finally:
             os.close(fd)
 
-    def kill(self, signal: int = signals.SIGKILL) -> None:
-        if signal == signals.SIGKILL:
+    def kill(self, signal: int = SIGKILL) -> None:
+        if signal == SIGKILL:
             try:
                 write(f"{self._directory}/cgroup.kill", "1")
             except FileNotFoundError:
@@ -175,19 +186,15 @@ class CgroupV2(Cgroup):
                     return
                 self._kill_frozen()  # before 5.14
             return
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal)
+        signal_all(self.pids(), signal)
 
     def _kill_frozen(self) -> None:
         """Freeze, so that nothing forks on, signal all, thaw: on v2 frozen processes die of SIGKILL at once."""
-        with contextlib.suppress(DeadlineExceeded):
-            self.freeze(2.0)
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signals.SIGKILL)
-        with contextlib.suppress(DeadlineExceeded, OSError):
-            self.thaw(2.0)
+        freezer = f"{self._directory}/cgroup.freeze"
+        try_write(freezer, "1")
+        for _ in range(_KILL_ROUNDS):  # those that forked before they froze
+            signal_all(self.pids(), SIGKILL)
+        try_write(freezer, "0")
 
     def delete(self, timeout: float = 2.0) -> None:
         remove_tree(self._directory, timeout)
