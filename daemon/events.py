@@ -13,7 +13,6 @@ Publishing never waits: a subscriber that reads too slowly is cut off with an er
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
 from collections import deque
@@ -26,8 +25,9 @@ from google.protobuf import any_pb2, empty_pb2, timestamp_pb2
 from google.protobuf.message import Message
 
 from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
-from wherry.core.filters import compile_filters
-from wherry.core.names import check_identifier
+from wherry.core.filters import Adaptor, Filter, compile_filters
+from wherry.core.names import check_identifier, require_namespace
+from wherry.core.topics import check_topic
 from wherry.core.typeurl import pack, unpack
 from wherry.proto import events_pb2 as _events  # noqa: F401  # registers the events' types for unpacking
 from wherry.proto import events_service_pb2, events_ttrpc_pb2
@@ -39,11 +39,6 @@ log = structlog.get_logger(__name__)
 # A subscriber that is this many envelopes behind is cut off: at about 300 bytes each that is some 5 MB.
 QUEUE_LIMIT = 16384
 
-# containerd's rule for a component of a topic (core/events/exchange: validateTopic and identifiers.Validate)
-_TOPIC_PART = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
-
-Matcher = Callable[[Callable[[Sequence[str]], str | None]], bool]
-
 
 class Subscription:
     """One subscriber's queue: an async iterator of envelopes in the order of publication.
@@ -52,7 +47,7 @@ class Subscription:
     reader that fell `QUEUE_LIMIT` envelopes behind. Not to be shared between tasks.
     """
 
-    def __init__(self, exchange: Exchange, matches: Matcher) -> None:
+    def __init__(self, exchange: Exchange, matches: Filter) -> None:
         self._exchange = exchange
         self._matches = matches
         self._queue: deque[Envelope] = deque()
@@ -102,6 +97,7 @@ class Exchange:
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
+        self._watchers: dict[str, list[Callable[[Envelope], None]]] = {}
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
 
@@ -135,6 +131,10 @@ class Exchange:
         self._subscriptions.add(subscription)
         return subscription
 
+    def watch(self, topic: str, watcher: Callable[[Envelope], None]) -> None:
+        """Call `watcher` at once with each envelope of a topic, in the loop's thread: for the daemon's own services."""
+        self._watchers.setdefault(topic, []).append(watcher)
+
     def unsubscribe(self, subscription: Subscription) -> None:
         """Forget a subscriber; called by `Subscription.close`."""
         self._subscriptions.discard(subscription)
@@ -144,6 +144,8 @@ class Exchange:
             self._loop.call_soon_threadsafe(self._send, envelope)
             return
         log.debug("event", namespace=envelope.namespace, topic=envelope.topic, type=envelope.event.type_url)
+        for watcher in self._watchers.get(envelope.topic, ()):
+            watcher(envelope)
         for subscription in tuple(self._subscriptions):
             subscription.offer(envelope)
 
@@ -158,7 +160,7 @@ class EventsService:
 
     async def publish(self, request: events_service_pb2.PublishRequest, context: Context) -> empty_pb2.Empty:
         """Publish an event in the caller's namespace."""
-        namespace = check_identifier("namespace", context.namespace or "")
+        namespace = require_namespace(context.namespace)
         self._exchange.publish(namespace, request.topic, request.event)
         return empty_pb2.Empty()
 
@@ -196,17 +198,10 @@ def _check(namespace: str, topic: str) -> None:
         check_identifier("namespace", namespace)
     except InvalidArgument as error:
         raise InvalidArgument(f"event envelope has invalid namespace: {error.message}") from error
-    if not topic:
-        raise InvalidArgument("envelope topic: must not be empty: invalid argument")
-    if not topic.startswith("/"):
-        raise InvalidArgument(f"envelope topic: must start with '/': {topic!r}: invalid argument")
-    if topic == "/":
-        raise InvalidArgument("envelope topic: must have at least one component: invalid argument")
-    for part in topic[1:].split("/"):
-        if not _TOPIC_PART.fullmatch(part):
-            raise InvalidArgument(
-                f"envelope topic: component {part!r} of {topic!r} is not an identifier: invalid argument"
-            )
+    try:
+        check_topic(topic)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"envelope topic: {error.message}") from error
 
 
 def _now() -> timestamp_pb2.Timestamp:
@@ -214,7 +209,7 @@ def _now() -> timestamp_pb2.Timestamp:
     return timestamp_pb2.Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
 
 
-def _adaptor(envelope: Envelope) -> Callable[[Sequence[str]], str | None]:
+def _adaptor(envelope: Envelope) -> Adaptor:
     """The field lookup that a filter asks: `topic`, `namespace`, `event.FIELD…`; None where there is no such value."""
     event: Message | None = None
 

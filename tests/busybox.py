@@ -1,4 +1,4 @@
-"""A small image for tests, made from Debian's static busybox: an OCI layout in a tar, as `ctr images import` reads it."""
+"""A small image for tests, of Debian's static busybox: an OCI layout in a tar, as `ctr images import` reads it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def write_archive(path: Path, *, name: str = NAME, layers: list[bytes] | None = 
         "layers": described,
     }
     entry = _put(blobs, json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
-    entry["annotations"] = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": name.split(":")[-1]}
+    tag = name.rpartition(":")[2]
+    entry["annotations"] = {"io.containerd.image.name": name, "org.opencontainers.image.ref.name": tag}
     with tarfile.open(path, "w") as tar:
         _add(tar, "oci-layout", tarfile.REGTYPE, b'{"imageLayoutVersion":"1.0.0"}')
         _add(tar, "index.json", tarfile.REGTYPE, json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode())

@@ -1,0 +1,375 @@
+"""The configuration: containerd's TOML schema (versions 2 and 3) as frozen dataclasses.
+
+A file sets what differs from the defaults; the command line's flags win over it. What has a wrong type is an error that
+names the file and the key; what nobody here knows is kept out and reported as a warning with its path, so that a file
+written for containerd loads. `imports` are globs, relative to the file; what they set wins over the file.
+
+Beside containerd's tables there is one of ours:
+
+    [runtimes."io.containerd.runc.v2"]       # the name that a container gives as its runtime
+      shim = "/usr/bin/containerd-shim-runc-v2"   # absolute path or a name on PATH; empty: Wherry's own shim
+      binary = "/usr/sbin/runc"                   # OCI runtime for it, where the container names none
+      root = "/run/runc"                          # that runtime's --root
+      systemd_cgroup = false
+      config_path = ""                            # for shims that read a file (gVisor, Kata)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from wherry.core.errors import InvalidArgument, NotFound
+from wherry.daemon.durations import parse_duration
+
+DEFAULT_PATH = "/etc/wherry/config.toml"
+DEFAULT_ADDRESS = "/run/wherry/wherryd.sock"
+DEFAULT_ROOT = "/var/lib/wherry"
+DEFAULT_STATE = "/run/wherry"
+NEWEST_VERSION = 3
+LEVELS = ("trace", "debug", "info", "warn", "error", "fatal", "panic")
+_MESSAGE_SIZE = 16 << 20  # bytes; containerd's default
+
+# keys of containerd's schema that name things Wherry has no use for: accepted without a warning
+_IDLE = frozenset({"plugin_dir", "temp", "cgroup", "metrics", "stream_processors", "oom_score"})
+# plugins whose tables are read here, by URI; the other plugins' tables are reported as unknown
+_PLUGIN_FIELDS: Mapping[str, str] = {
+    "io.containerd.gc.v1.scheduler": "gc",
+    "io.containerd.snapshotter.v1.overlayfs": "overlayfs",
+    "io.containerd.snapshotter.v1.native": "native",
+    "io.containerd.runtime.v2.task": "runtime",
+    "io.containerd.transfer.v1.local": "transfer",
+    "io.containerd.metadata.v1.bolt": "metadata",
+    "io.containerd.service.v1.diff-service": "diff",
+    "io.containerd.differ.v1.walking": "walking",
+}
+_PLUGIN_URIS: Mapping[str, str] = {name: uri for uri, name in _PLUGIN_FIELDS.items()}
+
+
+@dataclass(frozen=True)
+class Grpc:
+    """`[grpc]`: the socket that clients use; sizes in bytes of one message. TCP is not served."""
+
+    address: str = DEFAULT_ADDRESS
+    uid: int = 0
+    gid: int = 0
+    max_recv_message_size: int = _MESSAGE_SIZE
+    max_send_message_size: int = _MESSAGE_SIZE
+    tcp_address: str = ""
+    tcp_tls_ca: str = ""
+    tcp_tls_cert: str = ""
+    tcp_tls_key: str = ""
+    tcp_tls_common_name: str = ""
+
+
+@dataclass(frozen=True)
+class Ttrpc:
+    """`[ttrpc]`: the socket of shims and of the command line; empty: the gRPC address + ".ttrpc"."""
+
+    address: str = ""
+    uid: int = 0
+    gid: int = 0
+
+
+@dataclass(frozen=True)
+class Debug:
+    """`[debug]`: `level` is one of LEVELS, `format` "text" or "json", empty: text on a terminal, JSON elsewhere."""
+
+    address: str = ""
+    uid: int = 0
+    gid: int = 0
+    level: str = ""
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class Gc:
+    """`io.containerd.gc.v1.scheduler`: delays are durations such as "100ms"."""
+
+    pause_threshold: float = 0.02
+    deletion_threshold: int = 0
+    mutation_threshold: int = 100
+    schedule_delay: str = "0s"
+    startup_delay: str = "100ms"
+
+
+@dataclass(frozen=True)
+class Snapshotter:
+    """`io.containerd.snapshotter.v1.*`: `root_path` empty: in the daemon's root."""
+
+    root_path: str = ""
+    upperdir_label: bool = False
+    sync_remove: bool = False
+    slow_chown: bool = False
+    mount_options: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """`io.containerd.runtime.v2.task`."""
+
+    platforms: Sequence[str] = ()
+    sched_core: bool = False
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """`io.containerd.transfer.v1.local`: `config_path` is a folder as docker's and containerd's `certs.d`."""
+
+    max_concurrent_downloads: int = 3
+    max_concurrent_uploaded_layers: int = 3
+    config_path: str = ""
+    check_platform_supported: bool = False
+    concurrent_layer_fetch_buffer: int = 0
+    max_concurrent_unpacks: int = 1
+    unpack_config: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class MetadataPolicy:
+    """`io.containerd.metadata.v1.bolt`: `content_sharing_policy` "shared" or "isolated"."""
+
+    content_sharing_policy: str = "shared"
+
+
+@dataclass(frozen=True)
+class Diff:
+    """`io.containerd.service.v1.diff-service`."""
+
+    default: Sequence[str] = ("walking",)
+    sync_fs: bool = False
+
+
+@dataclass(frozen=True)
+class Walking:
+    """`io.containerd.differ.v1.walking`: `sync_fs` asks for a sync after each layer; Wherry's applier always does."""
+
+    sync_fs: bool = False
+
+
+@dataclass(frozen=True)
+class ProxyPlugin:
+    """`[proxy_plugins.NAME]`: somebody else's service on a socket; `type` is snapshot, content, sandbox or diff."""
+
+    type: str = ""
+    address: str = ""
+    platform: str = ""
+    exports: Mapping[str, str] = field(default_factory=dict)
+    capabilities: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class RuntimeHandler:
+    """`[runtimes.NAME]`: see the module's text."""
+
+    shim: str = ""
+    binary: str = ""
+    root: str = ""
+    systemd_cgroup: bool = False
+    config_path: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it. `warnings` says what in the files was not understood; `files` which files were read."""
+
+    version: int = NEWEST_VERSION
+    root: str = DEFAULT_ROOT
+    state: str = DEFAULT_STATE
+    imports: Sequence[str] = ()
+    disabled_plugins: Sequence[str] = ()
+    required_plugins: Sequence[str] = ()
+    grpc: Grpc = Grpc()
+    ttrpc: Ttrpc = Ttrpc()
+    debug: Debug = Debug()
+    timeouts: Mapping[str, str] = field(default_factory=dict)
+    proxy_plugins: Mapping[str, ProxyPlugin] = field(default_factory=dict)
+    runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
+    gc: Gc = field(default=Gc(), metadata={"plugin": True})
+    overlayfs: Snapshotter = field(default=Snapshotter(), metadata={"plugin": True})
+    native: Snapshotter = field(default=Snapshotter(), metadata={"plugin": True})
+    runtime: Runtime = field(default=Runtime(), metadata={"plugin": True})
+    transfer: Transfer = field(default=Transfer(), metadata={"plugin": True})
+    metadata: MetadataPolicy = field(default=MetadataPolicy(), metadata={"plugin": True})
+    diff: Diff = field(default=Diff(), metadata={"plugin": True})
+    walking: Walking = field(default=Walking(), metadata={"plugin": True})
+    warnings: Sequence[str] = field(default=(), metadata={"internal": True})
+    files: Sequence[str] = field(default=(), metadata={"internal": True})
+
+    @property
+    def ttrpc_address(self) -> str:
+        """Where ttrpc is served."""
+        return self.ttrpc.address or f"{self.grpc.address}.ttrpc"
+
+    def timeout(self, name: str, default: float) -> float:
+        """A timeout of the table `[timeouts]` in seconds, by its full name (`io.containerd.timeout.task.state`)."""
+        text = self.timeouts.get(name)
+        return default if text is None else parse_duration(text)
+
+    def as_tables(self) -> dict[str, Any]:
+        """The configuration as the tables of a file."""
+        tables: dict[str, Any] = {}
+        plugins: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            if "internal" in item.metadata:
+                continue
+            value = _as_plain(getattr(self, item.name))
+            if "plugin" in item.metadata:
+                plugins[_PLUGIN_URIS[item.name]] = value
+            else:
+                tables[item.name] = value
+        return {**tables, "plugins": plugins}
+
+
+def load(path: str | None) -> Config:
+    """Read the configuration file; None: the default one, if it is there.
+
+    Raises NotFound for a file that isn't there, InvalidArgument (with file and key) for what can't be understood.
+    """
+    if path is None:
+        if not os.path.exists(DEFAULT_PATH):
+            return Config()
+        path = DEFAULT_PATH
+    reader = _Reader()
+    tables = reader.read(path)
+    return reader.config(path, tables)
+
+
+class _Reader:
+    """Reads files and collects warnings. A value's path is kept for the messages."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.files: list[str] = []
+
+    def read(self, path: str) -> dict[str, Any]:
+        """The tables of a file with what it imports merged over them."""
+        path = os.path.abspath(path)
+        if path in self.files:
+            return {}  # an import that comes back to where it started
+        self.files.append(path)
+        try:
+            with open(path, "rb") as file:
+                tables = tomllib.load(file)
+        except FileNotFoundError:
+            raise NotFound(f"config file {path}: not found") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"config file {path}: not TOML: {error}") from error
+        except OSError as error:
+            raise InvalidArgument(f"config file {path}: {error.strerror}") from error
+        imports = tables.get("imports", [])
+        if not isinstance(imports, list) or not all(isinstance(item, str) for item in imports):
+            raise InvalidArgument(f"config file {path}: imports: expected an array of strings")
+        for pattern in imports:
+            for found in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
+                _merge(tables, self.read(found))
+        return tables
+
+    def config(self, path: str, tables: dict[str, Any]) -> Config:
+        """The dataclasses for the merged tables."""
+        version = tables.get("version", 1)
+        if not isinstance(version, int) or not 1 <= version <= NEWEST_VERSION:
+            raise InvalidArgument(f"config file {path}: version: expected 2 or {NEWEST_VERSION}, got {version!r}")
+        plugins = tables.pop("plugins", {})
+        if not isinstance(plugins, dict):
+            raise InvalidArgument(f"config file {path}: plugins: expected a table")
+        for key in _IDLE & tables.keys():
+            del tables[key]
+        for uri, table in plugins.items():
+            name = _PLUGIN_FIELDS.get(uri)
+            if name is None:
+                self.warnings.append(f'{path}: plugins."{uri}": no such plugin here, its settings have no effect')
+            else:
+                tables[f"\0{name}"] = table  # apart from a top-level table that happens to have the name
+        config: Config = self._build(Config, tables, path, "")
+        _check(config, path)
+        return dataclasses.replace(config, version=version, warnings=tuple(self.warnings), files=tuple(self.files))
+
+    def _build(self, kind: type[Any], table: object, path: str, at: str) -> Any:
+        """A dataclass from a table; unknown keys become warnings."""
+        if not isinstance(table, dict):
+            raise InvalidArgument(f"config file {path}: {at}: expected a table, got {table!r}")
+        hints = typing.get_type_hints(kind)
+        known: dict[str, Any] = {}
+        for item in dataclasses.fields(kind):
+            key = f"\0{item.name}" if "plugin" in item.metadata else item.name
+            if key in table and "internal" not in item.metadata:
+                place = f'plugins."{_PLUGIN_URIS[item.name]}"' if "plugin" in item.metadata else f"{at}{item.name}"
+                known[item.name] = self._value(hints[item.name], table[key], path, place)
+                del table[key]
+        for key in table:
+            self.warnings.append(f"{path}: {at}{key}: unknown key, it has no effect")
+        return kind(**known)
+
+    def _value(self, kind: Any, value: object, path: str, at: str) -> Any:
+        """A value of the declared type, or InvalidArgument that says which was expected."""
+        origin, inner = typing.get_origin(kind), typing.get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            return self._build(typing.cast(type[Any], kind), value, path, f"{at}.")
+        if origin is not None and issubclass(origin, Mapping):
+            if not isinstance(value, dict):
+                raise InvalidArgument(f"config file {path}: {at}: expected a table, got {value!r}")
+            return {key: self._value(inner[1], item, path, f'{at}."{key}"') for key, item in value.items()}
+        if origin is not None and issubclass(origin, Sequence):
+            if not isinstance(value, list):
+                raise InvalidArgument(f"config file {path}: {at}: expected an array, got {value!r}")
+            return tuple(self._value(inner[0], item, path, f"{at}[{index}]") for index, item in enumerate(value))
+        if kind is Any:
+            return value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise InvalidArgument(f"config file {path}: {at}: expected {_KINDS[kind]}, got {value!r}")
+        return value
+
+
+_KINDS: Mapping[type, str] = types.MappingProxyType(
+    {str: "a string", int: "an integer", bool: "true or false", float: "a number"}
+)
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Set what the other has; tables are merged, the lists of plugins appended, as containerd merges imports."""
+    for key, value in other.items():
+        mine = into.get(key)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            _merge(mine, value)
+        elif isinstance(mine, list) and isinstance(value, list) and key in ("disabled_plugins", "required_plugins"):
+            into[key] = [*mine, *(item for item in value if item not in mine)]
+        elif key != "imports":
+            into[key] = value
+
+
+def _check(config: Config, path: str) -> None:
+    """What the types don't say."""
+    if config.debug.level and config.debug.level not in LEVELS:
+        raise InvalidArgument(f"config file {path}: debug.level: expected one of {', '.join(LEVELS)}")
+    if config.debug.format not in ("", "text", "json"):
+        raise InvalidArgument(f'config file {path}: debug.format: expected "text" or "json"')
+    durations = {f'timeouts."{name}"': text for name, text in config.timeouts.items()}
+    scheduler = f'plugins."{_PLUGIN_URIS["gc"]}"'
+    durations[f"{scheduler}.schedule_delay"] = config.gc.schedule_delay
+    durations[f"{scheduler}.startup_delay"] = config.gc.startup_delay
+    for at, text in durations.items():
+        try:
+            parse_duration(text)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"config file {path}: {at}: {error.message}") from error
+
+
+def _as_plain(value: Any) -> Any:
+    """Dataclasses and mappings as dicts, sequences as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _as_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain(item) for item in value]
+    return value

@@ -1,0 +1,147 @@
+"""One shim as the daemon sees it: its connection, its bundle, and the limits of talking to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from google.protobuf.message import Message
+
+from wherry.core.errors import DeadlineExceeded, Unavailable, Unimplemented
+from wherry.daemon.bundle import Bundle, Launch
+from wherry.daemon.config import Config
+from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
+from wherry.proto import task_v3_pb2 as task
+from wherry.proto.service import TTRPC_NAMESPACE
+from wherry.proto.ttrpc.client import TtrpcClient
+from wherry.shim.client import Bootstrap, DeadShim, ShimLog
+
+Key = tuple[str, str]  # namespace, id
+R = TypeVar("R", bound=Message)
+
+_CALL = 30.0  # seconds; a call without a limit of its own: the shim's work is local and short, a loaded machine is slow
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Deadlines in seconds; the names of containerd's table `[timeouts]` beside them."""
+
+    load: float = 5.0  # io.containerd.timeout.shim.load
+    cleanup: float = 5.0  # io.containerd.timeout.shim.cleanup
+    shutdown: float = 3.0  # io.containerd.timeout.shim.shutdown
+    state: float = 2.0  # io.containerd.timeout.task.state
+
+    @classmethod
+    def of(cls, config: Config) -> Limits:
+        """The limits that the configuration sets."""
+        prefix = "io.containerd.timeout"
+        return cls(
+            config.timeout(f"{prefix}.shim.load", cls.load),
+            config.timeout(f"{prefix}.shim.cleanup", cls.cleanup),
+            config.timeout(f"{prefix}.shim.shutdown", cls.shutdown),
+            config.timeout(f"{prefix}.task.state", cls.state),
+        )
+
+
+class Shim:
+    """One shim that answers, or did a moment ago. `lost` is done when it died by itself and was cleaned up after."""
+
+    def __init__(self, bundle: Bundle, launch: Launch, bootstrap: Bootstrap) -> None:
+        self.bundle = bundle
+        self.launch = launch
+        self.bootstrap = bootstrap
+        self.shim_log: ShimLog | None = None
+        self.pid = 0  # of the container's init, as last heard
+        self.mute = False  # its last answer didn't come in time
+        self.leaving = False  # it was told to, or is being cleaned up after
+        self.exit_published = False
+        self.lost: asyncio.Future[DeadShim] = asyncio.get_running_loop().create_future()
+        self._client: TtrpcClient | None = None
+        self._service = f"containerd.task.v{bootstrap.version}.Task"
+        self._metadata = {TTRPC_NAMESPACE: bundle.namespace}
+
+    async def connect(self, limit: float, on_close: Callable[[Shim], None]) -> None:
+        """Connect within `limit` seconds; `on_close` hears of the connection's end. Raises Unavailable."""
+        if self.bootstrap.protocol.lower() != "ttrpc":
+            raise Unimplemented(f"shim of {self.bundle.id} speaks {self.bootstrap.protocol}: only ttrpc is supported")
+        path = self.bootstrap.path
+        self._client = await TtrpcClient.connect(path, limit, on_close=lambda error: on_close(self))
+
+    async def hang_up(self) -> None:
+        """Close the connection; the shim goes on."""
+        if self._client is not None:
+            await self._client.close()
+        if self.shim_log is not None:
+            self.shim_log.close()
+
+    async def wait_closed(self, limit: float) -> bool:
+        """Wait for the shim to hang up, at most `limit` seconds; whether it did."""
+        if self._client is None:
+            return True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._client.wait_closed(), limit)
+            return True
+        return False
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection."""
+        return self._client is not None and not self._client.closed
+
+    @property
+    def key(self) -> Key:
+        """Namespace and id."""
+        return self.bundle.namespace, self.bundle.id
+
+    async def call(self, name: str, request: Message, response: type[R], limit: float | None = _CALL) -> R:
+        """Call a method of the task service; messages are those of version 3, which version 2 shares on the wire.
+
+        `limit` in seconds, None for what may wait for ever. Raises what the shim answered, DeadlineExceeded when it
+        didn't in time, Unavailable when it is gone (or went, and nobody knows what it did).
+        """
+        if self._client is None:
+            raise Unavailable(f"shim of {self.bundle.id} is not connected: unavailable")
+        try:
+            answer = await self._client.call(self._service, name, request, timeout=limit, metadata=self._metadata)
+        except DeadlineExceeded:
+            if limit is None:
+                raise
+            self.mute = True
+            raise DeadlineExceeded(
+                f"shim of {self.bundle.id} did not answer {name} within {limit:g} s: deadline exceeded"
+            ) from None
+        self.mute = False
+        return cast("R", answer)
+
+    async def state(self, limit: float, exec_id: str = "") -> task.StateResponse:
+        """What the shim says of a process; keeps init's pid."""
+        request = task.StateRequest(id=self.bundle.id, exec_id=exec_id)
+        state = await self.call("State", request, task.StateResponse, limit)
+        if not exec_id:
+            self.pid = state.pid
+        return state
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things are: the folders of bundles, of shims' sockets and of the runtime's state; the daemon's addresses.
+
+    `publish_binary` is a program that a stranger's shim may call to publish an event (`wherryd`).
+    """
+
+    tasks: str
+    sockets: str
+    runtime: str
+    publish_binary: str
+    grpc_address: str
+    ttrpc_address: str
+    log_level: str = "info"
+
+    def socket(self, key: Key) -> str:
+        """The socket of our own shim for a task: always the same, so that a restart finds one it knows nothing of."""
+        return os.path.join(self.sockets, hashlib.sha256("/".join(key).encode()).hexdigest()[:32])

@@ -1,0 +1,458 @@
+"""The shims that this daemon has: starting one for a task, reaching it, finding it again, cleaning up after it.
+
+The shim owns its container; what is here is a view that a restart builds anew from the bundles. Each call to a shim has
+a deadline, and a shim that dies is noticed by its connection closing:
+
+    start ──► running ──► end (Delete: the shim is told to leave)            bundle gone, nothing reported
+                     └──► lost (the connection closed by itself)  ──► clean-up ──► one exit event with status 137
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import structlog
+from google.protobuf import any_pb2, empty_pb2, timestamp_pb2
+
+from wherry.core import topics
+from wherry.core.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    NotFound,
+    Unavailable,
+    WherryError,
+    from_code,
+)
+from wherry.core.typeurl import is_a, unpack_as
+from wherry.daemon.bundle import Bundle, Launch, find
+from wherry.daemon.events import Exchange
+from wherry.daemon.link import Key, Limits, Places, Shim
+from wherry.proto import events_pb2, runc_options_pb2
+from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
+from wherry.proto import task_v3_pb2 as task
+from wherry.proto.types_pb2 import Envelope
+from wherry.shim.client import (
+    Bootstrap,
+    DeadShim,
+    ForeignShim,
+    ForkServer,
+    ShimLog,
+    ShimRequest,
+    delete_shim,
+    start_foreign_shim,
+)
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+SIGKILLED = 137  # the exit status of what was killed with its shim
+_CONNECT = 5.0  # seconds until a socket that exists must have accepted us
+_CREATE = 120.0  # mounts, hooks and the runtime's own start
+
+
+class Shims:
+    """All shims of one daemon, by namespace and id."""
+
+    def __init__(
+        self, places: Places, limits: Limits, exchange: Exchange, forks: ForkServer, known: Callable[[str, str], bool]
+    ) -> None:
+        """`known(namespace, id)` says whether the container's record exists; what has none is not kept at a load."""
+        self._places = places
+        self._limits = limits
+        self._exchange = exchange
+        self._forks = forks
+        self._known = known
+        self._shims: dict[Key, Shim] = {}
+        # keys that a create, an end, a load or a clean-up works on; done when it is over
+        self._busy: dict[Key, asyncio.Future[None]] = {}
+        self._loading: set[Key] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
+        exchange.watch(topics.TASK_EXIT, self._saw_exit)
+
+    # -- which there are
+
+    async def get(self, namespace: str, id: str) -> Shim:  # noqa: A002 -- the field's name
+        """The shim of a task. Raises NotFound in containerd's words."""
+        key = namespace, id
+        if key in self._loading:
+            await self._settled(key)
+        shim = self._shims.get(key)
+        if shim is None:
+            raise NotFound(f"task {id} not found: not found")
+        return shim
+
+    async def list(self, namespace: str) -> list[Shim]:
+        """The shims of a namespace, those that the daemon's start is still looking for included."""
+        for key in [key for key in self._loading if key[0] == namespace]:
+            await self._settled(key)
+        return [shim for key, shim in self._shims.items() if key[0] == namespace]
+
+    # -- create
+
+    async def create(
+        self, bundle: Bundle, spec: bytes, launch: Launch, options: any_pb2.Any, request: task.CreateTaskRequest
+    ) -> Shim:
+        """Make the bundle, start a shim, create the task in it; all of it or nothing is left.
+
+        `options` go to a stranger's `start` action, `request` to the shim's Create. A caller that goes away in the
+        middle leaves nothing either: it was never told that there is a task. Raises AlreadyExists, and what the shim or
+        its start ran into, in containerd's words.
+        """
+        work = self._spawn(self._create(bundle, spec, launch, options, request))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(self._discard_unwanted)
+            raise
+
+    async def _create(
+        self, bundle: Bundle, spec: bytes, launch: Launch, options: any_pb2.Any, request: task.CreateTaskRequest
+    ) -> Shim:
+        key = bundle.namespace, bundle.id
+        async with self._working(key):
+            if key in self._shims:
+                raise AlreadyExists(f"task {bundle.id}: already exists")
+            bundle.create(spec, launch)
+            shim = Shim(bundle, launch, self._planned(key))
+            try:
+                shim = await self._launch(shim, options)
+                response = await self._create_task(shim, request)
+            except BaseException:
+                await self._undo(shim)
+                raise
+            shim.pid = response.pid
+            self._shims[key] = shim
+            return shim
+
+    async def _launch(self, shim: Shim, options: any_pb2.Any) -> Shim:
+        """Start the process and connect."""
+        bundle, launch = shim.bundle, shim.launch
+        if launch.binary:
+            shim_log = self._open_log(bundle)
+            try:
+                bootstrap = await start_foreign_shim(self._foreign(bundle, launch), options)
+            except BaseException:
+                shim_log.close()
+                raise
+            shim = Shim(bundle, launch, bootstrap)
+            shim.shim_log = shim_log
+            bundle.write_bootstrap(bootstrap)
+        else:
+            # recorded before there is one: a daemon that dies in between finds the shim at its planned address
+            bundle.write_bootstrap(shim.bootstrap)
+            bootstrap = await self._forks.spawn(self._request(bundle, options))
+            shim.bootstrap = replace(shim.bootstrap, pid=bootstrap.pid)
+        await shim.connect(_CONNECT, self._closed)
+        return shim
+
+    async def _create_task(self, shim: Shim, request: task.CreateTaskRequest) -> task.CreateTaskResponse:
+        try:
+            return await shim.call("Create", request, task.CreateTaskResponse, _CREATE)
+        except WherryError as error:
+            raise from_code(error.code, f"failed to create shim task: {error.message}") from error
+
+    async def _undo(self, shim: Shim) -> None:
+        """Take back a shim whose task was not created. A failure here is logged: the first error is the one to tell."""
+        shim.leaving = True
+        try:
+            if not shim.connected:
+                # it may have been started although the answer never came
+                with contextlib.suppress(WherryError):
+                    if shim.launch.binary:
+                        await delete_shim(self._foreign(shim.bundle, shim.launch), within=self._limits.cleanup)
+                    else:
+                        await shim.connect(_CONNECT, self._closed)
+            await self._leave(shim, now=True)
+            await self._remove(shim)
+        except (WherryError, OSError) as error:
+            log.error("could not take back a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
+
+    def _discard_unwanted(self, work: asyncio.Task[Shim]) -> None:
+        if work.cancelled() or work.exception() is not None or self._closing:
+            return
+        log.info("nobody waits for this task any more", namespace=work.result().key[0], id=work.result().key[1])
+        self._spawn(self._destroy(work.result()))
+
+    # -- end
+
+    async def end(self, shim: Shim) -> None:
+        """Let a shim go whose task was deleted, and remove the bundle; shielded from the caller's leaving."""
+        await asyncio.shield(self._spawn(self._end(shim)))
+
+    async def _end(self, shim: Shim) -> None:
+        async with self._working(shim.key):
+            if self._shims.get(shim.key) is not shim:
+                return
+            shim.leaving = True
+            del self._shims[shim.key]
+            await self._leave(shim, now=False)
+            await self._remove(shim)
+
+    async def _destroy(self, shim: Shim) -> None:
+        """End a task that nobody is to have, whatever it does now."""
+        identity = shim.bundle.id
+        for name, request, response in (
+            ("Kill", task.KillRequest(id=identity, signal=signal.SIGKILL, all=True), empty_pb2.Empty),
+            ("Delete", task.DeleteRequest(id=identity), task.DeleteResponse),
+        ):
+            with contextlib.suppress(WherryError):
+                await shim.call(name, request, response, self._limits.cleanup)
+                if name == "Kill":
+                    wait = task.WaitRequest(id=identity)
+                    await shim.call("Wait", wait, task.WaitResponse, self._limits.cleanup)
+        await self._end(shim)
+
+    async def _leave(self, shim: Shim, *, now: bool) -> None:
+        """Tell a shim to exit and wait until it has; one that doesn't is killed."""
+        if shim.connected:
+            with contextlib.suppress(WherryError):  # a shim that is going may hang up before it answers
+                request = task.ShutdownRequest(id=shim.bundle.id, now=now)
+                await shim.call("Shutdown", request, empty_pb2.Empty, self._limits.shutdown)
+            if not await shim.wait_closed(self._limits.shutdown):
+                log.warning("shim does not leave, it is killed", namespace=shim.key[0], id=shim.key[1])
+                _kill(shim)
+        await shim.hang_up()
+
+    async def _remove(self, shim: Shim) -> None:
+        """Remove what a shim leaves on disk; errors are logged, the record of it is gone already."""
+        try:
+            shim.bundle.delete()
+        except OSError as error:
+            log.error("could not remove the bundle", path=shim.bundle.path, error=str(error))
+        if not shim.launch.binary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._places.socket(shim.key))
+
+    # -- a shim that died
+
+    async def fate(self, shim: Shim) -> DeadShim:
+        """What became of a shim whose connection ended: its container's end, once that is known.
+
+        Raises Unavailable where this daemon hung up, NotFound where the task was deleted.
+        """
+        if shim.key not in self._shims and not shim.lost.done():
+            raise NotFound(f"task {shim.bundle.id} not found: not found")
+        if self._closing:
+            raise Unavailable("the daemon is going down: unavailable")
+        return await asyncio.shield(shim.lost)
+
+    def _closed(self, shim: Shim) -> None:
+        if not shim.leaving and not self._closing and self._shims.get(shim.key) is shim:
+            log.warning("shim died", namespace=shim.key[0], id=shim.key[1], shim_pid=shim.bootstrap.pid)
+            self._spawn(self._bury(shim))
+
+    async def _bury(self, shim: Shim) -> None:
+        async with self._working(shim.key):
+            if self._shims.get(shim.key) is not shim:
+                return
+            shim.leaving = True
+            await self._clean_up(shim)
+            del self._shims[shim.key]
+
+    async def _clean_up(self, shim: Shim) -> None:
+        """Kill and remove what a dead shim left, and report its container's end once."""
+        try:
+            dead = await self._delete_dead(shim)
+        except (WherryError, OSError) as error:
+            log.error("could not clean up after a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
+            dead = DeadShim(shim.pid, SIGKILLED, time.time_ns(), f"the shim died, and its clean-up failed: {error}")
+        await shim.hang_up()
+        await self._remove(shim)
+        if dead.pid or shim.pid:
+            self._report(shim, dead)
+        if not shim.lost.done():
+            shim.lost.set_result(dead)
+
+    async def _delete_dead(self, shim: Shim) -> DeadShim:
+        bundle, launch = shim.bundle, shim.launch
+        if not launch.binary:
+            return await self._forks.delete(self._request(bundle, any_pb2.Any()))
+        answer = await delete_shim(self._foreign(bundle, launch), within=self._limits.cleanup)
+        exited_at = answer.exited_at.ToNanoseconds() or time.time_ns()
+        return DeadShim(answer.pid, answer.exit_status or SIGKILLED, exited_at, f"its shim {launch.binary} died")
+
+    def _report(self, shim: Shim, dead: DeadShim) -> None:
+        namespace, identity = shim.key
+        pid = dead.pid or shim.pid
+        exited_at = timestamp(dead.exited_at_ns)
+        log.warning(
+            "container ended with its shim",
+            namespace=namespace,
+            id=identity,
+            pid=pid,
+            exit_status=dead.exit_status,
+            reason=dead.reason,
+        )
+        if not shim.exit_published:
+            event = events_pb2.TaskExit(
+                container_id=identity, id=identity, pid=pid, exit_status=dead.exit_status, exited_at=exited_at
+            )
+            self._exchange.publish(namespace, topics.TASK_EXIT, event)
+        gone = events_pb2.TaskDelete(
+            container_id=identity, id=identity, pid=pid, exit_status=dead.exit_status, exited_at=exited_at
+        )
+        self._exchange.publish(namespace, topics.TASK_DELETE, gone)
+
+    def _saw_exit(self, envelope: Envelope) -> None:
+        """Remember an exit that the shim itself has published, lest its death reports it again."""
+        event = events_pb2.TaskExit.FromString(envelope.event.value)
+        shim = self._shims.get((envelope.namespace, event.container_id))
+        if shim is not None and event.id == event.container_id:
+            shim.exit_published = True
+
+    # -- after a restart
+
+    def load(self) -> None:
+        """Begin to look for the shims that an earlier daemon left: for all of them at once, and nobody waits here."""
+        for bundle in find(self._places.tasks):
+            key = bundle.namespace, bundle.id
+            self._loading.add(key)
+            self._spawn(self._load(bundle))
+
+    async def loaded(self) -> None:
+        """Wait until every bundle was looked at."""
+        for key in tuple(self._loading):
+            await self._settled(key)
+
+    async def _load(self, bundle: Bundle) -> None:
+        key = bundle.namespace, bundle.id
+        try:
+            async with self._working(key):
+                await self._adopt(bundle)
+        finally:
+            self._loading.discard(key)
+
+    async def _adopt(self, bundle: Bundle) -> None:
+        """Take over one shim, or clean up after it."""
+        launch = bundle.launch()
+        shim = Shim(bundle, launch, bundle.bootstrap() or self._planned((bundle.namespace, bundle.id)))
+        if launch.binary:
+            shim.shim_log = self._open_log(bundle)
+        try:
+            await shim.connect(self._limits.load, self._closed)
+            state = await shim.state(self._limits.load)
+        except DeadlineExceeded:
+            log.warning("shim does not answer, it is kept", namespace=bundle.namespace, id=bundle.id)
+        except NotFound:
+            log.info("shim without a task", namespace=bundle.namespace, id=bundle.id)
+            await self._undo(shim)
+            return
+        except WherryError as error:
+            log.warning("shim is gone", namespace=bundle.namespace, id=bundle.id, error=error.message)
+            shim.leaving = True
+            await self._clean_up(shim)
+            return
+        else:
+            log.debug("shim found", namespace=bundle.namespace, id=bundle.id, pid=state.pid)
+        self._shims[shim.key] = shim
+        if not shim.connected:  # it hung up while we looked at it
+            self._closed(shim)
+        elif not self._known(*shim.key):
+            log.warning("task without a container is removed", namespace=bundle.namespace, id=bundle.id)
+            self._spawn(self._destroy(shim))
+
+    # -- the daemon's end
+
+    async def close(self) -> None:
+        """Let go of all shims; they and their containers go on. What is being created or cleaned up gets 5 s."""
+        self._closing = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5.0)
+        for shim in self._shims.values():
+            await shim.hang_up()
+
+    # -- helpers
+
+    @contextlib.asynccontextmanager
+    async def _working(self, key: Key) -> AsyncIterator[None]:
+        """Work on a key alone."""
+        while (busy := self._busy.get(key)) is not None:
+            await asyncio.shield(busy)
+        mine = self._busy[key] = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            del self._busy[key]
+            mine.set_result(None)
+
+    async def _settled(self, key: Key) -> None:
+        while key in self._loading:
+            busy = self._busy.get(key)
+            await (asyncio.shield(busy) if busy is not None else asyncio.sleep(0))
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task_ = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task_)
+        task_.add_done_callback(self._done)
+        return task_
+
+    def _done(self, work: asyncio.Task[Any]) -> None:
+        self._tasks.discard(work)
+        if not work.cancelled() and (error := work.exception()) is not None and not isinstance(error, WherryError):
+            log.error("work on a shim failed", exc_info=error)
+
+    def _planned(self, key: Key) -> Bootstrap:
+        return Bootstrap(f"unix://{self._places.socket(key)}")
+
+    def _open_log(self, bundle: Bundle) -> ShimLog:
+        def sink(line: str) -> None:
+            log.info("shim", namespace=bundle.namespace, id=bundle.id, line=line)
+
+        return ShimLog(bundle.path, sink)
+
+    def _foreign(self, bundle: Bundle, launch: Launch) -> ForeignShim:
+        return ForeignShim(
+            binary=launch.binary,
+            namespace=bundle.namespace,
+            id=bundle.id,
+            bundle=bundle.path,
+            grpc_address=self._places.grpc_address,
+            ttrpc_address=self._places.ttrpc_address,
+            publish_binary=self._places.publish_binary,
+            debug=self._places.log_level in ("debug", "trace"),
+        )
+
+    def _request(self, bundle: Bundle, options: any_pb2.Any) -> ShimRequest:
+        cgroup = ""
+        if is_a(options, runc_options_pb2.Options):
+            cgroup = unpack_as(options, runc_options_pb2.Options).shim_cgroup
+        return ShimRequest(
+            namespace=bundle.namespace,
+            id=bundle.id,
+            bundle=bundle.path,
+            socket=self._places.socket((bundle.namespace, bundle.id)),
+            ttrpc_address=self._places.ttrpc_address,
+            grpc_address=self._places.grpc_address,
+            log_level=self._places.log_level,
+            shim_cgroup=cgroup,
+            state=os.path.join(self._places.runtime, bundle.namespace),
+        )
+
+
+def timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:
+    """The message for nanoseconds since the epoch."""
+    return timestamp_pb2.Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
+
+
+def _kill(shim: Shim) -> None:
+    """SIGKILL to a shim of ours; its pid is believed only while the process still names its container."""
+    pid = shim.bootstrap.pid
+    if not pid:
+        return
+    with contextlib.suppress(OSError):
+        handle = os.pidfd_open(pid)
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if shim.bundle.id.encode() in file.read():
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+        finally:
+            os.close(handle)
