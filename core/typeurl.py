@@ -13,6 +13,7 @@ from typing import TypeVar
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
+
 from wherry.core.errors import InvalidArgument, NotFound
 from wherry.core.names import quote
 

@@ -10,21 +10,19 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Self
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from wherry.core.errors import Cancelled, DeadlineExceeded, Internal, Unavailable, from_code
-from wherry.proto.service import Method, methods
+from wherry.core.errors import DeadlineExceeded, Internal, from_code
+from wherry.proto.service import Method
 from wherry.proto.ttrpc import sockets
+from wherry.proto.ttrpc.calls import ClientClosed, ConnectionLost, find_method, nanoseconds, parse_response
 from wherry.proto.ttrpc.frames import REMOTE_CLOSED, REMOTE_OPEN, Answer, ClientConnection, Payload
 
 # bytes of one read; a frame of the largest kind comes in few of them
 READ_SIZE = 1 << 16
 CONNECT_SECONDS = 10.0
-
-
-class ConnectionLost(Unavailable):
-    """The other side went away, or never was a ttrpc server."""
 
 
 class BlockingClient:
@@ -36,7 +34,7 @@ class BlockingClient:
         self._state = ClientConnection()
         self._inboxes: dict[int, deque[Answer | Payload]] = {}
 
-    def __enter__(self) -> BlockingClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,9 +61,9 @@ class BlockingClient:
     ) -> Message:
         """Call a unary method and wait; `timeout` in seconds.
 
-        Raises the server's error as its WherryError, DeadlineExceeded, ConnectionLost; Cancelled after `close`.
+        Raises the server's error as its WherryError, DeadlineExceeded, ConnectionLost; ClientClosed after `close`.
         """
-        stream = self._start(service, name, request, timeout, metadata, flags=0)
+        stream = self._start(service, name, request, timeout=timeout, metadata=metadata, flags=0)
         return stream.response()
 
     def stream(
@@ -79,13 +77,15 @@ class BlockingClient:
     ) -> BlockingStream:
         """Start a call that streams; `request` is given where only the answers stream. Errors as for `call`."""
         opened = find_method(service, name).client_streaming
-        return self._start(service, name, request, timeout, metadata, flags=REMOTE_OPEN if opened else REMOTE_CLOSED)
+        flags = REMOTE_OPEN if opened else REMOTE_CLOSED
+        return self._start(service, name, request, timeout=timeout, metadata=metadata, flags=flags)
 
     def _start(
         self,
         service: str,
         name: str,
         request: Message | None,
+        *,
         timeout: float | None,
         metadata: Mapping[str, str] | None,
         flags: int,
@@ -93,8 +93,9 @@ class BlockingClient:
         method = find_method(service, name)
         deadline = None if timeout is None else time.monotonic() + timeout
         payload = b"" if request is None else request.SerializeToString()
-        nano = 0 if timeout is None else max(1, int(timeout * 1e9))
-        stream_id, data = self._state.call(service, name, payload, timeout_nano=nano, metadata=metadata, flags=flags)
+        stream_id, data = self._state.call(
+            service, name, payload, timeout_nano=nanoseconds(timeout), metadata=metadata, flags=flags
+        )
         self._inboxes[stream_id] = deque()
         self._send(data, deadline)
         return BlockingStream(self, stream_id, method, deadline)
@@ -102,7 +103,7 @@ class BlockingClient:
     def _open(self, deadline: float | None) -> socket.socket:
         """The socket, its timeout set for what is left until the deadline."""
         if self._socket is None:
-            raise Cancelled(f"{self.path}: ttrpc: closed by this side")
+            raise ClientClosed(f"{self.path}: ttrpc: closed by this side")
         if deadline is None:
             self._socket.settimeout(None)
         else:
@@ -186,25 +187,19 @@ class BlockingStream:
                 if event.code:
                     raise from_code(event.code, event.message)
                 if event.payload or not self._method.server_streaming:
-                    return self._parse(event.payload)
+                    return parse_response(self._method, event.payload)
                 continue
             self._ended = event.end
             if event.payload is not None:
-                return self._parse(event.payload)
+                return parse_response(self._method, event.payload)
         return None
-
-    def _parse(self, payload: bytes) -> Message:
-        try:
-            return self._method.response.FromString(payload)
-        except DecodeError as error:
-            raise Internal(f"{self._method.path}: response can't be decoded: {error}") from error
 
     def close(self) -> None:
         """Nobody wants more of it; the server learns of it when the connection closes (ttrpc has no way to cancel)."""
         self._ended = True
         self._client._forget(self._id)
 
-    def __enter__(self) -> BlockingStream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,11 +208,3 @@ class BlockingStream:
     def __iter__(self) -> Iterator[Message]:
         while (message := self.step()) is not None:
             yield message
-
-
-def find_method(service: str, name: str) -> Method:
-    """The method by the full service name and the bare method name. Raises Internal: its module isn't imported."""
-    try:
-        return methods(service)[name]
-    except KeyError:
-        raise Internal(f"no imported module declares /{service}/{name}") from None

@@ -10,43 +10,20 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Self, cast
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from wherry.core.errors import Cancelled, DeadlineExceeded, Internal, Unavailable, WherryError, from_code
-from wherry.proto.service import Method, methods
+from wherry.core.errors import DeadlineExceeded, Internal, Unavailable, WherryError, from_code
+from wherry.proto.service import Method
 from wherry.proto.ttrpc import sockets
+from wherry.proto.ttrpc.calls import ClientClosed, ConnectionLost, find_method, nanoseconds, parse_response
 from wherry.proto.ttrpc.frames import REMOTE_CLOSED, REMOTE_OPEN, Answer, ClientConnection, Payload, ProtocolError
 
 # messages of one stream that nobody has taken yet, above which the connection isn't read
 MAX_BACKLOG = 256
 # seconds that connecting may take where the caller names no limit
 CONNECT_SECONDS = 10.0
-
-
-class ConnectionLost(Unavailable):
-    """The other side went away, or never was a ttrpc server."""
-
-
-class ClientClosed(Cancelled):
-    """This side closed the client."""
-
-
-def find_method(service: str, name: str) -> Method:
-    """The method by the full service name and the bare method name. Raises Internal: its module isn't imported."""
-    try:
-        return methods(service)[name]
-    except KeyError:
-        raise Internal(f"no imported module declares /{service}/{name}") from None
-
-
-def parse_response(method: Method, payload: bytes) -> Message:
-    """The response of a call. Raises Internal for bytes that are no such message."""
-    try:
-        return method.response.FromString(payload)
-    except DecodeError as error:
-        raise Internal(f"{method.path}: response can't be decoded: {error}") from error
 
 
 class TtrpcClient:
@@ -66,7 +43,10 @@ class TtrpcClient:
 
     @classmethod
     async def connect(
-        cls, path: str, timeout: float | None = CONNECT_SECONDS, on_close: Callable[[WherryError], None] | None = None
+        cls,
+        path: str,
+        timeout: float | None = CONNECT_SECONDS,  # noqa: ASYNC109 - only connecting is limited
+        on_close: Callable[[WherryError], None] | None = None,
     ) -> TtrpcClient:
         """Connect to a unix socket (`unix://` in front is allowed), within `timeout` seconds.
 
@@ -113,7 +93,7 @@ class TtrpcClient:
         name: str,
         request: Message,
         *,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the server is told too
         metadata: Mapping[str, str] | None = None,
     ) -> Message:
         """Call a unary method: `call("containerd.task.v2.Task", "State", StateRequest(id="x"))`.
@@ -124,9 +104,8 @@ class TtrpcClient:
         method = find_method(service, name)
         if self._error is not None:
             raise self._gone()
-        nano = 0 if timeout is None else max(1, int(timeout * 1e9))
         stream_id, data = self._state.call(
-            service, name, request.SerializeToString(), timeout_nano=nano, metadata=metadata
+            service, name, request.SerializeToString(), timeout_nano=nanoseconds(timeout), metadata=metadata
         )
         future: asyncio.Future[bytes] = self._loop.create_future()
         self._calls[stream_id] = future
@@ -149,19 +128,18 @@ class TtrpcClient:
         name: str,
         request: Message | None = None,
         *,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the server is told too
         metadata: Mapping[str, str] | None = None,
     ) -> ClientStream:
         """Start a call that streams; `request` is given where only the answers stream. Errors as for `call`."""
         method = find_method(service, name)
         if self._error is not None:
             raise self._gone()
-        nano = 0 if timeout is None else max(1, int(timeout * 1e9))
         stream_id, data = self._state.call(
             service,
             name,
             b"" if request is None else request.SerializeToString(),
-            timeout_nano=nano,
+            timeout_nano=nanoseconds(timeout),
             metadata=metadata,
             flags=REMOTE_OPEN if method.client_streaming else REMOTE_CLOSED,
         )
@@ -268,8 +246,8 @@ class _Connection(asyncio.Protocol):
 class ClientStream:
     """A call that streams. Iterate over its answers; `send` and `close_send` where requests stream.
 
-    `response()` gives the one answer where only the requests stream. Leave it by `close()` (or `async with`): answers that
-    still come are dropped then, the server learns of it only when the connection ends, as ttrpc has no way to cancel.
+    `response()` gives the one answer where only the requests stream. Leave it by `close()` (or `async with`): what
+    still comes is dropped then; the server learns of it only when the connection ends, as ttrpc has no way to cancel.
     """
 
     def __init__(self, client: TtrpcClient, stream_id: int, method: Method) -> None:
@@ -314,13 +292,13 @@ class ClientStream:
         self._client._state.forget(self._id)
         self._end(None)
 
-    async def __aenter__(self) -> ClientStream:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
 
-    def __aiter__(self) -> ClientStream:
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Message:

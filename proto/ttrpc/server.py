@@ -93,7 +93,7 @@ class TtrpcServer:
         self._servers.append(server)
 
     async def close(self, grace: float = 0.0) -> None:
-        """Accept nothing more, wait up to `grace` seconds for the calls under way, cancel the rest, remove the files."""
+        """Accept nothing more, wait up to `grace` seconds for the calls under way, cancel the rest, remove files."""
         for server in self._servers:
             server.close()
         self._servers.clear()
@@ -287,6 +287,13 @@ class _Connection(asyncio.Protocol):
         if call.timeout_nano:
             deadline = time.monotonic() + call.timeout_nano / 1e9
         context = Context(call.metadata, deadline, "ttrpc")
+        if handler.method.client_streaming:
+            # now, not in the task: its messages may be in the same read
+            inbox = self._inboxes[stream_id] = _Inbox(self, handler.method.request)
+            if call.payload:
+                inbox.put(call.payload)
+            if not call.opened:
+                inbox.end()
         work = self._unary(call, handler, context) if handler.unary else self._stream(call, handler, context)
         task = self._loop.create_task(work)
         self.tasks.add(task)
@@ -315,16 +322,7 @@ class _Connection(asyncio.Protocol):
         method, stream_id = handler.method, call.stream_id
         try:
             async with _deadline(context):
-                argument: object
-                if method.client_streaming:
-                    inbox = self._inboxes[stream_id] = _Inbox(self, method.request)
-                    if call.payload:
-                        inbox.put(call.payload)
-                    if not call.opened:
-                        inbox.end()
-                    argument = inbox
-                else:
-                    argument = _parse(method.request, call.payload)
+                argument = self._inboxes[stream_id] if method.client_streaming else _parse(method.request, call.payload)
                 if method.server_streaming:
                     async with contextlib.aclosing(handler.function(argument, context)) as responses:
                         async for response in responses:
