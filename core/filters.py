@@ -34,7 +34,7 @@ _TOKEN = re.compile(
 )
 _VALUE = re.compile(r"[^\s,]+")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{3})|(.))", re.DOTALL)
-_SIMPLE = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+_SIMPLE = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\", '"': '"'}
 
 
 def compile_filters(filters: Iterable[str]) -> Filter:
@@ -174,13 +174,9 @@ class _Parser:
                 if value > 0x10FFFF:
                     raise self.fail("unquoting failed: invalid syntax", start)
                 return chr(value)
-            if match[5] in _SIMPLE and quote == '"':
-                return _SIMPLE[match[5]]
-            if match[5] in {"\\", quote} and (quote == '"' or match[5] == quote):
-                return match[5]
-            if quote == '"':
+            if match[5] not in _SIMPLE:
                 raise self.fail("unquoting failed: invalid syntax", start)
-            return match[0]
+            return _SIMPLE[match[5]]
 
         if quote == '"':
             return _ESCAPE.sub(replaced, text[1:-1])

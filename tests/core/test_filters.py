@@ -22,7 +22,7 @@ OBJECT = fields(
     [
         ("", True),
         ("name==foo", True),
-        ("name == foo", False),
+        ("name == foo", True),
         ("name==bar", False),
         ("name!=bar", True),
         ("name", True),
@@ -39,7 +39,7 @@ OBJECT = fields(
         ('labels."very complex label"==something,name==foo', True),
         ('labels."very complex label"==something,name==x', False),
         (r'labels.q=="say \"x\""', True),
-        (r'labels.q=="say \x22x\42"', True),
+        (r'labels.q=="say \x22x\042"', True),
         ("name~=^f", True),
         ("name~=o$", True),
         ("name~=[[:upper:]]", False),
@@ -67,10 +67,6 @@ OBJECT = fields(
     ],
 )
 def test_one_filter(text: str, holds: bool | None) -> None:
-    if text == "name == foo":
-        # blanks before an operator are passed over, as in containerd, where the next look then sees a value
-        assert compile_filters([text])(OBJECT)
-        return
     if holds is None:
         with pytest.raises(InvalidArgument, match="filters: parse error"):
             compile_filters([text])
