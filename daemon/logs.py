@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Any
 
@@ -19,7 +18,6 @@ LEVELS = {
     "fatal": logging.CRITICAL,
     "panic": logging.CRITICAL,
 }
-_level = logging.INFO
 
 
 def set_up(level: str = "", form: str = "") -> None:
@@ -53,6 +51,6 @@ def _same(logger: Any, name: str, event: Any) -> Any:
     return event
 
 
-def inherited_level() -> str:
-    """The level for helpers that the daemon starts."""
-    return os.environ.get("WHERRY_LOG_LEVEL", "info")
+def set_level(level: str) -> None:
+    """Change the level of a daemon that runs; empty: info."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS.get(level or "info", logging.INFO)))

@@ -12,12 +12,12 @@ from wherry.core.errors import InvalidArgument, NotFound, Unavailable, Unimpleme
 from wherry.core.filters import compile_filters, fields
 from wherry.core.names import check_identifier
 from wherry.daemon import runtimes
-from wherry.daemon.bundle import Bundle
+from wherry.daemon.bundle import Bundle, Launch
 from wherry.daemon.config import Config
 from wherry.daemon.containers import ContainerStore
-from wherry.daemon.link import Shim
+from wherry.daemon.link import Limits, Shim
 from wherry.daemon.namespaces import NamespaceStore, require_namespace
-from wherry.daemon.shims import Limits, Shims, timestamp
+from wherry.daemon.shims import Shims, timestamp
 from wherry.proto import task_v3_pb2 as shim_api
 from wherry.proto import tasks_pb2 as pb
 from wherry.proto.containers_pb2 import Container
@@ -229,7 +229,7 @@ class TaskService:
 
     def _runtime(
         self, namespace: str, container: Container, request: pb.CreateTaskRequest
-    ) -> tuple[runtimes.Launch, any_pb2.Any]:
+    ) -> tuple[Launch, any_pb2.Any]:
         """The shim to start, and the container's options for it."""
         name = request.runtime_path or container.runtime.name
         name = name or self._namespaces.labels(namespace).get(_RUNTIME_LABEL, "")

@@ -1,0 +1,256 @@
+"""The daemon, assembled: stores, services and the two doors, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import contextlib
+import gc as memory
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+import structlog
+
+from wherry.core import platforms
+from wherry.core.errors import FailedPrecondition, NotFound
+from wherry.daemon.addresses import own
+from wherry.daemon.config import Config
+from wherry.daemon.config import Snapshotter as SnapshotterOptions
+from wherry.daemon.containers import ContainerService, ContainerStore
+from wherry.daemon.content import ContentStore
+from wherry.daemon.content_service import ContentService
+from wherry.daemon.diff import Differ, DiffService
+from wherry.daemon.durations import parse_duration
+from wherry.daemon.events import EventsService, EventsTtrpcService, Exchange
+from wherry.daemon.gc import Collector, Policy
+from wherry.daemon.grpc_edge import GrpcServer
+from wherry.daemon.health import HealthService
+from wherry.daemon.images import ImageService, ImageStore
+from wherry.daemon.introspection import IntrospectionService
+from wherry.daemon.leases import LeaseService, LeaseStore
+from wherry.daemon.link import Limits, Places
+from wherry.daemon.metadata import Metadata
+from wherry.daemon.namespaces import NamespaceService, NamespaceStore
+from wherry.daemon.notify import Relay, notify
+from wherry.daemon.plugins import Plugins
+from wherry.daemon.sandboxes import SandboxService, SandboxStore
+from wherry.daemon.shims import Shims
+from wherry.daemon.snapshots import SnapshotService, SnapshotStore
+from wherry.daemon.tasks import TaskService
+from wherry.daemon.version import VersionService
+from wherry.proto.ttrpc.server import TtrpcServer
+from wherry.shim.client import ForkServer
+from wherry.snapshotter.applier import Applier
+from wherry.snapshotter.interface import Snapshotter
+from wherry.snapshotter.native import NativeSnapshotter
+from wherry.snapshotter.overlayfs import OverlaySnapshotter
+
+log = structlog.get_logger(__name__)
+
+# seconds that calls under way get when the daemon is told to stop
+GRACE = 2.0
+
+
+class Daemon:
+    """One wherryd. The caller holds the locks on root, state and address."""
+
+    def __init__(
+        self, config: Config, listeners: Mapping[str, socket.socket], forks: ForkServer, publish_binary: str
+    ) -> None:
+        """`listeners` are the sockets that the service manager handed over, by path; `forks` is closed by `stop`."""
+        self._config = config
+        self._forks = forks
+        self._listeners = dict(listeners)
+        self._publish_binary = publish_binary
+        self._plugins = Plugins(config.disabled_plugins, config.required_plugins)
+        self._services: list[object] = []
+        self._cleanup = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Build everything and serve. Raises WherryError or OSError for what can't be; then `stop` still cleans up."""
+        began = time.perf_counter()
+        notify("STATUS=starting")
+        self._make_folders()
+        self._cleanup.push_async_callback(self._forks.close)
+        self._exchange = Exchange()
+        await self._build_stores()
+        await self._build_tasks()
+        self._build_rest()
+        self._plugins.check()
+        await self._open_ttrpc()
+        await self._open_grpc()
+        memory.collect()
+        memory.freeze()  # what is there now stays: later collections needn't look at it
+        log.info("serving", address=self._config.grpc.address, seconds=round(time.perf_counter() - began, 3))
+        notify("READY=1", "STATUS=serving")
+
+    async def stop(self) -> None:
+        """Stop serving and close what was opened, last first; containers and shims go on."""
+        notify("STOPPING=1", "STATUS=stopping")
+        await self._cleanup.aclose()
+
+    # -- phases of the start
+
+    def _make_folders(self) -> None:
+        config = self._config
+        for folder in (config.root, config.state, *(self._state(name) for name in ("tasks", "s", "runtime"))):
+            os.makedirs(folder, mode=0o711, exist_ok=True)
+
+    async def _build_stores(self) -> None:
+        """Metadata, content, snapshots and what is kept in the database."""
+        load, publish = self._plugins.load, self._exchange.publish
+        with load("io.containerd.event.v1", "exchange"):
+            self._add("events", EventsService(self._exchange))
+        with load("io.containerd.metadata.v1", "bolt", requires=["io.containerd.content.v1"]):
+            metadata = await Metadata.open(self._root("metadata.db"))
+            self._cleanup.push_async_callback(metadata.close)
+        with load("io.containerd.content.v1", "content", exports={"root": self._root("content")}):
+            self._content = ContentStore(metadata, self._root("content"), publish)
+        snapshotters = self._snapshotters()
+        self._snapshots = SnapshotStore(metadata, snapshotters, publish)
+        self._cleanup.push_async_callback(self._snapshots.close)
+        with load("io.containerd.gc.v1", "scheduler", requires=["io.containerd.metadata.v1"]):
+            policy = self._config.gc
+            self._collector = Collector(
+                metadata,
+                self._content,
+                self._snapshots,
+                Policy(
+                    pause_threshold=policy.pause_threshold,
+                    deletion_threshold=policy.deletion_threshold,
+                    mutation_threshold=policy.mutation_threshold,
+                    schedule_delay=parse_duration(policy.schedule_delay),
+                    startup_delay=parse_duration(policy.startup_delay),
+                ),
+            )
+            await self._collector.start()
+            self._cleanup.push_async_callback(self._collector.close)
+        with load("io.containerd.differ.v1", "walking", platforms=[platforms.host()]):
+            self._differ = Differ(self._content, Applier())
+        self._containers = ContainerStore(metadata, publish)
+        self._images = ImageStore(metadata, publish)
+        self._leases = LeaseStore(metadata)
+        self._namespaces = NamespaceStore(metadata, publish)
+        with load("io.containerd.sandbox.store.v1", "local"):
+            sandboxes = SandboxStore(metadata)
+        self._add("content", ContentService(self._content))
+        self._add("snapshots", SnapshotService(self._snapshots))
+        self._add("diff", DiffService(self._differ))
+        self._add("containers", ContainerService(self._containers))
+        self._add("images", ImageService(self._images, self._collector))
+        self._add("leases", LeaseService(self._leases, self._collector))
+        self._add("namespaces", NamespaceService(self._namespaces))
+        self._add("sandboxes", SandboxService(sandboxes))
+
+    def _snapshotters(self) -> dict[str, Snapshotter]:
+        found: dict[str, Snapshotter] = {}
+        kind, here = "io.containerd.snapshotter.v1", [platforms.host()]
+
+        def root(name: str, options: SnapshotterOptions) -> str:
+            return options.root_path or self._root("snapshotter", name)
+
+        if self._plugins.enabled(kind, "native"):
+            options = self._config.native
+            exports = {"root": root("native", options)}
+            with self._plugins.load(kind, "native", platforms=here, exports=exports, optional=True):
+                found["native"] = NativeSnapshotter(root("native", options))
+        if self._plugins.enabled(kind, "overlayfs"):
+            options = self._config.overlayfs
+            exports = {"root": root("overlayfs", options)}
+            with self._plugins.load(kind, "overlayfs", platforms=here, exports=exports, optional=True):
+                found["overlayfs"] = OverlaySnapshotter(
+                    root("overlayfs", options),
+                    upperdir_label=options.upperdir_label,
+                    mount_options=options.mount_options,
+                )
+        if not found:
+            raise FailedPrecondition("no snapshotter is usable: see the log for the reasons")
+        return found
+
+    async def _build_tasks(self) -> None:
+        """Shims, and the search for those that an earlier daemon left."""
+        config = self._config
+
+        def known(namespace: str, identity: str) -> bool:
+            try:
+                self._containers.get(namespace, identity)
+            except NotFound:
+                return False
+            return True
+
+        requires = ["io.containerd.event.v1", "io.containerd.metadata.v1"]
+        with self._plugins.load("io.containerd.runtime.v2", "task", requires=requires, platforms=[platforms.host()]):
+            places = Places(
+                tasks=self._state("tasks"),
+                sockets=self._state("s"),
+                runtime=self._state("runtime"),
+                publish_binary=self._publish_binary,
+                grpc_address=config.grpc.address,
+                ttrpc_address=config.ttrpc_address,
+                log_level=config.debug.level or "info",
+            )
+            shims = Shims(places, Limits.of(config), self._exchange, self._forks, known)
+            self._cleanup.push_async_callback(shims.close)
+            shims.load()
+        self._add("tasks", TaskService(config, places.tasks, shims, self._containers, self._namespaces))
+
+    def _build_rest(self) -> None:
+        self._add("version", VersionService())
+        identity = self._root("uuid")
+        self._add("introspection", IntrospectionService(self._plugins, identity, self._config.runtimes))
+        self._health = HealthService()
+        self._add("healthcheck", self._health)
+
+    def _add(self, name: str, service: object) -> None:
+        """Serve a service, unless its gRPC plugin is disabled."""
+        if not self._plugins.enabled("io.containerd.grpc.v1", name):
+            log.info("plugin disabled", type="io.containerd.grpc.v1", id=name)
+            return
+        with self._plugins.load("io.containerd.grpc.v1", name):
+            self._services.append(service)
+
+    # -- the doors
+
+    async def _open_ttrpc(self) -> None:
+        def report(path: str, traceback: str) -> None:
+            log.error("call failed", method=path, traceback=traceback)
+
+        options = self._config.ttrpc
+        server = TtrpcServer([*self._services, EventsTtrpcService(self._exchange)], on_error=report)
+        self._cleanup.push_async_callback(server.close)
+        address = self._config.ttrpc_address
+        if (listener := self._listeners.pop(address, None)) is not None:
+            await server.serve_socket(listener)
+        else:
+            os.makedirs(os.path.dirname(address), mode=0o711, exist_ok=True)
+            await server.serve_unix(address)
+            own(address, uid=options.uid, gid=options.gid)
+
+    async def _open_grpc(self) -> None:
+        options = self._config.grpc
+        server = GrpcServer(
+            self._services,
+            max_receive=options.max_recv_message_size,
+            max_send=options.max_send_message_size,
+        )
+        listener = self._listeners.pop(options.address, None)
+        address = options.address if listener is None else self._state("grpc.sock")
+        os.makedirs(os.path.dirname(address), mode=0o711, exist_ok=True)
+        server.bind(address, uid=options.uid, gid=options.gid)
+        await server.start()
+        self._cleanup.push_async_callback(server.stop, GRACE)
+        if listener is not None:
+            relay = Relay(listener, address)
+            await relay.start()
+            self._cleanup.push_async_callback(relay.close)
+        self._health.serving(True)
+        self._cleanup.callback(self._health.serving, False)
+        for path, unused in self._listeners.items():
+            log.warning("handed over socket is none of ours", path=path)
+            unused.close()
+
+    def _root(self, *names: str) -> str:
+        return os.path.join(self._config.root, *names)
+
+    def _state(self, *names: str) -> str:
+        return os.path.join(self._config.state, *names)
