@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import json
+import os
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from wherry.core import mediatypes
+from wherry.core.errors import Code, Internal, InvalidArgument, NotFound, Unavailable, Unimplemented, from_code
 from wherry.linux.mounts import Mount
+from wherry.snapshotter.implied import record_implied
+
+IDLE_SECONDS = 5.0
+"""A worker without work is ended after that: it costs 10 MB and comes back in a tenth of a second."""
+CANCEL_SECONDS = 10.0
+"""How long a cancelled call waits until its process is gone and surely writes no more."""
+ANSWER_LIMIT = 64 << 20
+_SEND_RETRY_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +59,13 @@ class Applier:
     """
 
     def __init__(self, *, parallel: int | None = None) -> None:
-        """`parallel`: how many workers at once, others wait for their turn; as many as there are processors."""
+        """`parallel`: how many layers at once, others wait for their turn; as many as there are processors."""
+        self._turns = asyncio.Semaphore(parallel or len(os.sched_getaffinity(0)))
+        self._ids = itertools.count(1)
+        self._starting = asyncio.Lock()
+        self._worker: _Worker | None = None
+        self._busy = 0
+        self._idle: asyncio.TimerHandle | None = None
 
     async def apply(
         self,
@@ -65,7 +88,20 @@ class Applier:
         the file system to disk before it returns. `overlay=True` says that the tree is a layer of an overlay though
         it is mounted alone (it will be set on its parent at the commit): whiteouts are then kept as overlay's.
         """
-        raise NotImplementedError
+        message = {
+            "op": "apply",
+            "mounts": _listed(mounts),
+            "compressed": _is_compressed(media_type),
+            "expected": expected,
+            "max_size": max_size,
+            "progress": progress is not None,
+            "sync": sync_fs,
+            "overlay": overlay,
+        }
+        answer = await self._run(message, source, os.O_RDONLY, progress)
+        if answer["implied"]:
+            record_implied(mounts[0].source, [os.fsencode(path) for path in answer["implied"]])
+        return Applied(answer["digest"], answer["size"], mediatypes.OCI_LAYER, answer["entries"])
 
     async def diff(
         self,
@@ -79,9 +115,205 @@ class Applier:
     ) -> Diffed:
         """Write the layer that turns `lower` into `upper` to `out` (a path, created or truncated, or a descriptor).
 
-        `source_date_epoch` (seconds) caps the times in the archive and is the time of its whiteouts.
+        `source_date_epoch` (seconds) caps the times in the archive and is the time of its whiteouts. Not more than
+        the mounts is asked for: with an upper directory of an overlay only that is walked.
         """
-        raise NotImplementedError
+        compression = mediatypes.compression(media_type)
+        if compression is None or not mediatypes.is_layer(media_type):
+            raise Unimplemented(f"unsupported diff media type: {media_type}: not implemented")
+        message = {
+            "op": "diff",
+            "lower": _listed(lower),
+            "upper": _listed(upper),
+            "compression": compression,
+            "epoch": source_date_epoch,
+            "progress": progress is not None,
+        }
+        answer = await self._run(message, out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, progress)
+        return Diffed(answer["digest"], answer["size"], media_type, answer["diff_id"])
+
+    async def warm(self) -> None:
+        """Start the worker now, so that the first layer doesn't wait for it: a download is about to begin."""
+        await self._ready()
+        self._rest()
 
     async def close(self) -> None:
-        """End all workers."""
+        """End all workers; calls under way fail as Unavailable."""
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close()
+
+    # one job
+
+    async def _run(
+        self, message: dict[str, Any], file: str | int, flags: int, progress: Callable[[int], None] | None
+    ) -> dict[str, Any]:
+        async with self._turns:
+            fd = file if isinstance(file, int) else _open(file, flags)
+            self._busy += 1
+            try:
+                return await self._job(message, fd, progress)
+            finally:
+                self._busy -= 1
+                if not isinstance(file, int):
+                    os.close(fd)
+                self._rest()
+
+    async def _job(
+        self, message: dict[str, Any], fd: int, progress: Callable[[int], None] | None
+    ) -> dict[str, Any]:
+        job = next(self._ids)
+        worker = await self._ready()
+        receiving, sending = os.pipe2(os.O_CLOEXEC)
+        results = os.fdopen(receiving, "rb", buffering=0)
+        try:
+            try:
+                await worker.send({"id": job, **message}, [fd, sending])
+            finally:
+                os.close(sending)
+            reader = asyncio.StreamReader(limit=ANSWER_LIMIT)
+            loop = asyncio.get_running_loop()
+            transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), results)
+        except BaseException:
+            results.close()
+            raise
+        try:
+            return await _answer(reader, progress)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._cancel(worker, job, reader))
+            raise
+        finally:
+            transport.close()
+
+    async def _cancel(self, worker: _Worker, job: int, reader: asyncio.StreamReader) -> None:
+        try:
+            async with asyncio.timeout(CANCEL_SECONDS):
+                await worker.send({"cancel": job}, [])
+                await reader.read()
+        except (TimeoutError, Unavailable):
+            worker.kill()  # whatever it hangs in, nothing may be written after this call
+
+    # the worker's life
+
+    async def _ready(self) -> _Worker:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        async with self._starting:
+            if self._worker is None or not self._worker.alive:
+                self._worker = await _Worker.start()
+            return self._worker
+
+    def _rest(self) -> None:
+        if self._busy or self._worker is None:
+            return
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._retire)
+
+    def _retire(self) -> None:
+        self._idle = None
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.retire()
+
+
+class _Worker:
+    """A started worker process and the socket to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+        self._process = process
+        self._control = control
+
+    @classmethod
+    async def start(cls) -> _Worker:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-I",
+                    "-m",
+                    "wherry.snapshotter.worker",
+                    "--control-fd",
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
+            except OSError as error:
+                ours.close()
+                raise Unavailable(f"the process that handles layers can't be started: {error}") from error
+        return cls(process, ours)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def send(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Unavailable when the worker is gone, InvalidArgument when the message is too long for a datagram."""
+        data = json.dumps(message).encode()
+        while True:
+            try:
+                socket.send_fds(self._control, [data], fds)
+                return
+            except BlockingIOError:
+                await asyncio.sleep(_SEND_RETRY_SECONDS)
+            except OSError as error:
+                if isinstance(error, ConnectionError):
+                    raise Unavailable("the process that handles layers ended unexpectedly") from error
+                raise InvalidArgument(f"the mounts can't be sent to the process that handles layers: {error}") from error
+
+    def retire(self) -> None:
+        """It exits at the end of the socket; asyncio reaps it."""
+        self._control.close()
+
+    def kill(self) -> None:
+        """Now, with its children (they die with their parent)."""
+        try:
+            self._process.kill()
+        except ProcessLookupError:
+            pass
+
+    async def close(self) -> None:
+        self._control.close()
+        await self._process.wait()
+
+
+async def _answer(reader: asyncio.StreamReader, progress: Callable[[int], None] | None) -> dict[str, Any]:
+    while line := await reader.readline():
+        message: dict[str, Any] = json.loads(line)
+        if "ok" in message:
+            ok: dict[str, Any] = message["ok"]
+            return ok
+        if "error" in message:
+            code, text = message["error"]
+            raise from_code(code, text) if code != Code.INTERNAL else Internal(text)
+        if progress is not None:
+            progress(message["progress"])
+    raise Unavailable("the process that handled the layer was killed")
+
+
+def _listed(mounts: Sequence[Mount]) -> list[list[Any]]:
+    if not mounts:
+        raise InvalidArgument("a layer needs mounts to be applied to, none are given: invalid argument")
+    return [[mount.type, mount.source, mount.target, list(mount.options)] for mount in mounts]
+
+
+def _is_compressed(media_type: str) -> bool:
+    if not mediatypes.is_layer(media_type):
+        raise Unimplemented(f"no processor for media-type: {media_type}: not implemented")
+    compression = mediatypes.compression(media_type)
+    if compression is None and "+" in mediatypes.bare(media_type):
+        raise Unimplemented(f"no processor for media-type: {media_type}: not implemented")
+    return compression != ""
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError as error:
+        raise NotFound(f"layer {path}: not found") from error

@@ -1,0 +1,229 @@
+"""What the snapshotters have in common that keep each snapshot in a directory of its own.
+
+    ROOT/metadata.db        the records
+    ROOT/snapshots/N/fs     the files of snapshot number N, or what it changed of its parent's
+    ROOT/snapshots/N/…      what else an implementation needs
+
+Order of things: a directory is made before its record is committed and deleted after its record is gone. So whatever
+stands in `snapshots/` under a number without a record is garbage, and `cleanup()` may always delete it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from wherry.core.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WherryError
+from wherry.linux.mounts import Mount, mountinfo, unmount_all
+from wherry.snapshotter.interface import Info, Kind, Usage
+from wherry.snapshotter.metadata import Metadata, Record
+from wherry.snapshotter.usage import disk_usage
+
+log = logging.getLogger("wherry.snapshotter")
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class DirectorySnapshotter:
+    """The base of `OverlaySnapshotter` and `NativeSnapshotter`; the contract is `interface.Snapshotter`.
+
+    `async_remove`: the directories of removed snapshots wait for `cleanup()`; otherwise a thread deletes them at once.
+    """
+
+    def __init__(self, root: str, *, async_remove: bool = False) -> None:
+        if not os.path.isabs(root):
+            raise InvalidArgument(f"a snapshotter's root must be an absolute path: {root}")
+        self.root = root
+        self._directory = os.path.join(root, "snapshots")
+        os.makedirs(root, mode=0o700, exist_ok=True)
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._metadata = Metadata(os.path.join(root, "metadata.db"))
+        self._janitor = None if async_remove else _Janitor(self._metadata)
+
+    # what an implementation brings
+
+    def _make(self, record: Record, directory: str) -> None:
+        """Fill the new, empty `directory` of a snapshot."""
+        raise FailedPrecondition(f"{type(self).__name__} makes no snapshots")
+
+    def _mounts_of(self, record: Record, chain: Sequence[int]) -> list[Mount]:
+        """The mounts of an active snapshot or a view; `chain` are the numbers of its parents, the nearest first."""
+        raise FailedPrecondition(f"{type(self).__name__} mounts no snapshots")
+
+    def _commit_on(self, record: Record, parent: Record) -> None:
+        """A snapshot that was prepared without a parent becomes a child of `parent`."""
+
+    def _shown(self, record: Record) -> Info:
+        """A record's info as callers see it."""
+        return record.info
+
+    # the contract
+
+    def stat(self, key: str) -> Info:
+        return self._shown(self._metadata.get(key))
+
+    def update(self, info: Info, fieldpaths: Sequence[str] = ()) -> Info:
+        with self._metadata.write():
+            record = self._metadata.update(info, fieldpaths)
+        return self._shown(record)
+
+    def usage(self, key: str) -> Usage:
+        record = self._metadata.get(key)
+        if record.info.kind is Kind.ACTIVE:
+            return self._measure(record)
+        return record.usage
+
+    def mounts(self, key: str) -> list[Mount]:
+        record = self._metadata.get(key)
+        if record.info.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"requested snapshot {key} not active nor view: failed precondition")
+        return self._mounts_of(record, self._metadata.chain(record.parent_id))
+
+    def prepare(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> list[Mount]:
+        return self._create(Kind.ACTIVE, key, parent, labels or {})
+
+    def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> list[Mount]:
+        return self._create(Kind.VIEW, key, parent, labels or {})
+
+    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
+        directory = ""
+        try:
+            with self._metadata.write():
+                record = self._metadata.create(kind, key, parent, labels)
+                directory = self.directory(record.id)
+                self._new_directory(directory)
+                self._make(record, directory)
+        except BaseException as error:
+            if directory:
+                self._discard(directory)
+            if isinstance(error, OSError):
+                raise _explained(error, f'snapshot "{key}"') from error
+            raise
+        return self._mounts_of(record, self._metadata.chain(record.parent_id))
+
+    def commit(self, name: str, key: str, labels: Mapping[str, str] | None = None, parent: str = "") -> None:
+        try:
+            # measured outside of the transaction: a large layer takes a while
+            active = self._metadata.find(key)
+            usage = Usage()
+            if active is not None and active.info.kind is Kind.ACTIVE and self._metadata.find(name) is None:
+                usage = self._measure(active)
+            with self._metadata.write(durable=True):
+                self._metadata.commit(key, name, usage, labels or {}, parent)
+                if active is not None and parent and not active.info.parent:
+                    self._commit_on(active, self._metadata.get(parent))
+        except WherryError as error:
+            raise type(error)(f"failed to commit snapshot {key}: {error.message}") from error
+        except OSError as error:
+            raise _explained(error, f'snapshot "{key}"') from error
+        self._metadata.checkpoint()
+
+    def remove(self, key: str) -> None:
+        with self._metadata.write():
+            record = self._metadata.remove(key)
+        if self._janitor is not None:
+            self._janitor.delete(self.directory(record.id))
+
+    def walk(self, filters: Sequence[str] = ()) -> Iterator[Info]:
+        return self._metadata.walk(filters, self._shown)
+
+    def cleanup(self) -> None:
+        known = self._metadata.ids()
+        for name in os.listdir(self._directory):
+            if not (name.isdecimal() and int(name) in known):
+                self._discard(os.path.join(self._directory, name))
+        self._metadata.checkpoint()
+
+    def close(self) -> None:
+        if self._janitor is not None:
+            self._janitor.close()
+        self._metadata.close()
+
+    # directories
+
+    def directory(self, number: int) -> str:
+        """The directory of the snapshot with that number."""
+        return f"{self._directory}/{number}"
+
+    def content(self, number: int) -> str:
+        """Where its files are."""
+        return f"{self._directory}/{number}/fs"
+
+    def _measure(self, record: Record) -> Usage:
+        return disk_usage(self.content(record.id))
+
+    def _new_directory(self, directory: str) -> None:
+        try:
+            os.mkdir(directory, 0o700)
+        except FileExistsError:
+            # the record that it had was lost with the power, or its making was cut short
+            self._discard(directory)
+            os.mkdir(directory, 0o700)
+
+    def _discard(self, directory: str) -> None:
+        try:
+            delete_tree(directory)
+        except OSError as error:
+            log.warning("directory %s couldn't be deleted: %s", directory, error)
+
+
+class _Janitor:
+    """A thread that deletes directories and checkpoints the WAL, so that `remove` doesn't wait for either."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._metadata = metadata
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def delete(self, directory: str) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="snapshots-janitor", daemon=True)
+            self._thread.start()
+        self._queue.put(directory)
+
+    def _run(self) -> None:
+        while (directory := self._queue.get()) is not None:
+            try:
+                delete_tree(directory)
+                self._metadata.checkpoint()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next directory must still be deleted
+                log.warning("directory %s couldn't be deleted: %s", directory, error)
+
+    def close(self) -> None:
+        """What is queued is deleted first: a daemon that stops leaves no work for the next one's start."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+def delete_tree(directory: str) -> None:
+    """Delete a directory with all that is in it; mounts that somebody left in it are detached. It may be gone.
+
+    Raises OSError.
+    """
+    try:
+        shutil.rmtree(directory)
+        return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+    below = directory + "/"
+    for info in reversed(mountinfo()):
+        if info.target.startswith(below):
+            unmount_all(info.target)
+    shutil.rmtree(directory)
+
+
+def _explained(error: OSError, what: str) -> WherryError:
+    if error.errno in _FULL:
+        return ResourceExhausted(f"{what}: {error.strerror}: {error.filename}: resource exhausted")
+    return FailedPrecondition(f"{what}: {error}")

@@ -1,0 +1,88 @@
+"""Directories that a layer needs but doesn't name: they must look like those of the layers below.
+
+A layer may hold `etc/app/x` without an entry for `etc/app`. Where the layer's files are written into an overlay's upper
+directory, `etc/app` has to be made there, and what is made there hides the owner, mode, times and attributes of the
+same directory below. So they are copied from the nearest layer that has it, as overlay's own copy-up does.
+
+A layer that was applied before its parents were known (`Applier.apply(overlay=True)`) has the list of such directories
+beside its files, in `snapshots/N/implied`, until it is committed on its parent.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Sequence
+
+from wherry.linux import syscalls as sc
+
+_OWN = ("trusted.overlay.", "user.overlay.")
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+
+
+def adopt(root: int, layers: Sequence[int], paths: Iterable[bytes]) -> None:
+    """Give directories below `root` the look of the same in `layers` (descriptors, the nearest first). OSError."""
+    for path in paths:
+        text = os.fsdecode(path)
+        try:
+            target = sc.openat2(root, text, os.O_RDONLY | os.O_DIRECTORY, resolve=sc.RESOLVE_IN_ROOT)
+        except OSError as error:
+            if error.errno in _MISSING:
+                continue  # a later entry replaced it
+            raise
+        try:
+            _adopt_one(target, layers, text)
+        finally:
+            os.close(target)
+
+
+def _adopt_one(target: int, layers: Sequence[int], path: str) -> None:
+    for layer in layers:
+        try:
+            source = sc.openat2(layer, path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, resolve=sc.RESOLVE_IN_ROOT)
+        except OSError as error:
+            if error.errno not in _MISSING:
+                raise
+            if error.errno == errno.ENOENT:
+                continue
+            return  # a file or a link hides what is further below
+        try:
+            status = os.fstat(source)
+            os.fchown(target, status.st_uid, status.st_gid)
+            os.fchmod(target, stat.S_IMODE(status.st_mode))
+            for name in os.listxattr(source):
+                if not name.startswith(_OWN):
+                    os.setxattr(target, name, os.getxattr(source, name))
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(source)
+        return
+
+
+def _list_of(upper: str) -> str:
+    return os.path.join(os.path.dirname(upper.rstrip("/")), "implied")
+
+
+def record_implied(upper: str, paths: Sequence[bytes]) -> None:
+    """Keep the list for `adopt_implied`. OSError."""
+    if paths:
+        with open(_list_of(upper), "wb") as file:
+            file.write(b"\0".join(paths))
+
+
+def adopt_implied(upper: str, layers: Sequence[str]) -> None:
+    """Do what was put off when the layer at `upper` was applied; `layers` are its parents, the nearest first. OSError."""
+    try:
+        with open(_list_of(upper), "rb") as file:
+            paths = file.read().split(b"\0")
+    except FileNotFoundError:
+        return
+    fds: list[int] = []
+    try:
+        fds.extend(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (upper, *layers))
+        adopt(fds[0], fds[1:], paths)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    os.unlink(_list_of(upper))
