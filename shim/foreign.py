@@ -17,6 +17,7 @@ from typing import Final
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
+
 from wherry.core import errors
 from wherry.proto import bootstrap_pb2, task_v2_pb2
 

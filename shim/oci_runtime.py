@@ -1,0 +1,244 @@
+"""The low-level runtime behind a container: one interface, whichever runtime the options name.
+
+`Bundled` runs `wherry.runtime` in a forked child of the shim, `external.External` runs any OCI runtime's command line.
+Both raise `wherry.core.errors`, with texts that begin as containerd's do (`OCI runtime create failed: …`).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from wherry.core import errors
+from wherry.runtime import container as bundled
+from wherry.runtime.errors import ContainerError
+
+if TYPE_CHECKING:
+    from wherry.shim.loop import Children, Loop
+    from wherry.shim.state_files import RuntimeSettings
+    from wherry.shim.stdio import ProcessIO
+
+# where runtimes keep their states, a folder for each namespace below it
+EXTERNAL_ROOT: Final = "/run/containerd/runc"
+BUNDLED_ROOT: Final = "/run/wherry/runtime"
+# names for the runtime that comes with Wherry
+BUNDLED_NAMES: Final = frozenset({"", "wherry-runtime"})
+
+_KINDS: Final[dict[str, type[errors.WherryError]]] = {
+    "invalid_argument": errors.InvalidArgument,
+    "not_found": errors.NotFound,
+    "already_exists": errors.AlreadyExists,
+    "failed_precondition": errors.FailedPrecondition,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where and how a container's processes are saved or brought back (criu)."""
+
+    image: str
+    work: str
+    parent: str = ""
+    leave_running: bool = False
+    open_tcp: bool = False
+    unix_sockets: bool = False
+    terminal: bool = False
+    file_locks: bool = False
+    empty_namespaces: tuple[str, ...] = ()
+
+
+class OciRuntime(Protocol):
+    """What the shim asks of a runtime. The caller is the subreaper of all that it starts."""
+
+    async def create(self, container: str, io: ProcessIO) -> int:
+        """Make the container of the bundle; the pid of its init, which waits for `start`."""
+
+    async def start(self, container: str) -> None:
+        """Let init go on."""
+
+    async def exec(self, container: str, exec_id: str, process: dict[str, Any], io: ProcessIO) -> int:
+        """Run another process in the container; its pid."""
+
+    async def kill(self, container: str, number: int, *, everyone: bool = False) -> None:
+        """Signal init, or all processes. Raises NotFound when there is none."""
+
+    async def delete(self, container: str, *, force: bool = False) -> None:
+        """Remove what the runtime keeps; fine if it keeps nothing. `force` kills first."""
+
+    async def pause(self, container: str) -> None:
+        """Freeze."""
+
+    async def resume(self, container: str) -> None:
+        """Thaw."""
+
+    async def update(self, container: str, resources: dict[str, Any]) -> None:
+        """Set limits (`linux.resources` of the specification)."""
+
+    async def pids(self, container: str) -> list[int]:
+        """All processes of the container, as this process sees them."""
+
+    async def checkpoint(self, container: str, to: Checkpoint) -> None:
+        """Save the processes. Raises Unimplemented where the runtime can't."""
+
+    async def restore(self, container: str, source: Checkpoint, io: ProcessIO) -> int:
+        """Make the container from saved processes and let them go on; the pid of its init."""
+
+
+def kill_error(error: errors.WherryError) -> errors.WherryError:
+    """What a runtime says of a failed kill, as containerd tells it on."""
+    text = error.message
+    if "not running" in text or "already finished" in text or "no such process" in text.lower():
+        return errors.NotFound("process already finished: not found")
+    if "does not exist" in text:
+        return errors.NotFound("no such container: not found")
+    return errors.WherryError(f"unknown error after kill: {text}")
+
+
+class Bundled:
+    """`wherry.runtime`, in a forked child for what builds or tears down, directly for what is a few system calls."""
+
+    def __init__(self, loop: Loop, children: Children, settings: RuntimeSettings) -> None:
+        self._loop = loop
+        self._children = children
+        self._settings = settings
+
+    async def create(self, container: str, io: ProcessIO) -> int:
+        settings = self._settings
+        request = bundled.CreateRequest(
+            settings.root,
+            container,
+            settings.bundle,
+            stdio=io.child,
+            console_fd=io.console.child_fd if io.console is not None else -1,
+            pid_file=f"{settings.bundle}/init.pid",
+            no_pivot=settings.no_pivot,
+            no_new_keyring=settings.no_new_keyring,
+            systemd_cgroup=settings.systemd_cgroup,
+        )
+        pid: int = await self._forked("OCI runtime create failed", bundled.create, request)
+        return pid
+
+    async def start(self, container: str) -> None:
+        await self._forked("OCI runtime start failed", bundled.start, self._settings.root, container)
+
+    async def exec(self, container: str, exec_id: str, process: dict[str, Any], io: ProcessIO) -> int:
+        settings = self._settings
+        request = bundled.ExecRequest(
+            settings.root,
+            container,
+            process,
+            stdio=io.child,
+            console_fd=io.console.child_fd if io.console is not None else -1,
+            pid_file=f"{settings.bundle}/{exec_id}.pid",
+        )
+        pid: int = await self._forked("OCI runtime exec failed", bundled.exec_process, request)
+        return pid
+
+    async def kill(self, container: str, number: int, *, everyone: bool = False) -> None:
+        try:
+            bundled.kill(self._settings.root, container, number, all=everyone)
+        except ContainerError as error:
+            raise kill_error(errors.WherryError(error.message)) from error
+        except OSError as error:
+            raise kill_error(errors.WherryError(str(error))) from error
+
+    async def delete(self, container: str, *, force: bool = False) -> None:
+        try:
+            await self._forked("failed to delete task", bundled.delete, self._settings.root, container, force=force)
+        except errors.WherryError as error:
+            if not isinstance(error, errors.NotFound) and "does not exist" not in error.message:
+                raise
+
+    async def pause(self, container: str) -> None:
+        await self._forked("OCI runtime pause failed", bundled.pause, self._settings.root, container)
+
+    async def resume(self, container: str) -> None:
+        await self._forked("OCI runtime resume failed", bundled.resume, self._settings.root, container)
+
+    async def update(self, container: str, resources: dict[str, Any]) -> None:
+        await self._forked("OCI runtime update failed", bundled.update, self._settings.root, container, resources)
+
+    async def pids(self, container: str) -> list[int]:
+        try:
+            return bundled.pids(self._settings.root, container)
+        except ContainerError as error:
+            raise _KINDS.get(error.kind, errors.WherryError)(error.message) from error
+
+    async def checkpoint(self, container: str, to: Checkpoint) -> None:
+        raise errors.Unimplemented("the bundled runtime can't checkpoint: use runc or crun with criu: not implemented")
+
+    async def restore(self, container: str, source: Checkpoint, io: ProcessIO) -> int:
+        raise errors.Unimplemented("the bundled runtime can't restore: use runc or crun with criu: not implemented")
+
+    async def _forked(self, failed: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+        try:
+            return await in_child(self._loop, self._children, function, *args, **kwargs)
+        except ContainerError as error:
+            raise _KINDS.get(error.kind, errors.WherryError)(f"{failed}: {error.message}") from error
+
+
+async def in_child(
+    loop: Loop, children: Children, function: Callable[..., Any], *args: object, **kwargs: object
+) -> Any:
+    """Call a blocking function in a forked child while the loop goes on; what it returns or raises (pickled).
+
+    What the child's own children leave behind becomes the shim's. Raises Internal when the child dies without a word.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    with children:
+        pid = os.fork()
+        if not pid:
+            _child(write, function, args, kwargs)
+        os.close(write)
+        ended = children.exited(pid)
+    received = bytearray()
+    closed = loop.future()
+
+    def readable() -> None:
+        try:
+            data = os.read(read, 65536)
+        except BlockingIOError:
+            return
+        received.extend(data)
+        if not data:
+            loop.forget(read)
+            os.close(read)
+            closed.set(None)
+
+    loop.on_read(read, readable)
+    await closed
+    end = await ended
+    if not received:
+        raise errors.Internal(f"the runtime died with exit status {end.status}")
+    ok, value = pickle.loads(received)  # noqa: S301  # from our own fork
+    if ok:
+        return value
+    raise value
+
+
+def _child(write: int, function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)  # it belongs to the shim
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            answer = (True, function(*args, **kwargs))
+        except ContainerError as error:
+            answer = (False, ContainerError(error.message, error.kind))
+        except OSError as error:
+            answer = (False, ContainerError(str(error)))
+        data = pickle.dumps(answer)
+        os.set_blocking(write, True)
+        while data:
+            data = data[os.write(write, data) :]
+        status = 0
+    except BaseException:  # noqa: BLE001  # nothing may get past here into the shim's own code
+        traceback.print_exc(file=sys.stderr)
+    finally:
+        os._exit(status)
