@@ -10,7 +10,7 @@ from google.protobuf.empty_pb2 import Empty
 from wherry.client.transport import Calls
 from wherry.client.values import descriptor_from, descriptor_message, label_mask, mask, seconds
 from wherry.core.descriptor import Descriptor
-from wherry.core.errors import AlreadyExists
+from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound
 from wherry.proto import images_pb2 as pb
 
 _SERVICE = "containerd.services.images.v1.Images"
@@ -57,6 +57,22 @@ class Images:
         """One image by its full name; raises NotFound."""
         answer = await self._calls.unary(f"{_SERVICE}/Get", pb.GetImageRequest(name=name), pb.GetImageResponse)
         return _parse(answer.image)
+
+    async def find(self, name: str) -> Image:
+        """An image by its full name or by the short one that people use (`busybox`); raises NotFound."""
+        try:
+            return await self.get(name)
+        except NotFound as missing:
+            from wherry.core.reference import parse_familiar  # noqa: PLC0415 - rare
+
+            try:
+                full = str(parse_familiar(name))
+            except InvalidArgument:
+                # no name that anybody would complete
+                raise missing from None
+            if full == name:
+                raise
+        return await self.get(full)
 
     async def create(self, image: Image) -> Image:
         """Writes a record; raises AlreadyExists."""

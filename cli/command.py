@@ -1,0 +1,238 @@
+"""The command `wherry`: finds the command that was asked for, loads only that, runs it, says what went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple
+
+from wherry.core.errors import WherryError
+
+if TYPE_CHECKING:
+    from wherry.cli.session import Session
+    from wherry.cli.table import Command
+
+
+class Group(NamedTuple):
+    """A noun of the command line, or a verb that stands alone (`single`); its module is loaded when it is used."""
+
+    names: tuple[str, ...]
+    module: str
+    help: str
+    single: bool = False
+
+
+RUNNING = (
+    Group(("run",), "run", "run a command in a new container", single=True),
+    Group(("tasks", "task", "t"), "tasks", "containers that run: start, exec, kill, attach, metrics …"),
+    Group(("containers", "container", "c"), "containers", "containers as records: create, list, remove …"),
+)
+IMAGES = (
+    Group(("pull",), "pull", "bring an image from a registry", single=True),
+    Group(("push",), "push", "bring an image to a registry", single=True),
+    Group(("images", "image", "i"), "images", "images: list, tag, remove, import, export, mount …"),
+    Group(("content",), "content", "blobs of the content store"),
+    Group(("snapshots", "snapshot"), "snapshots", "file systems of images and containers"),
+)
+DAEMON = (
+    Group(("namespaces", "namespace", "ns"), "namespaces", "the daemon's tenants"),
+    Group(("leases",), "leases", "what the garbage collector spares"),
+    Group(("events", "event"), "events", "show what happens as it happens", single=True),
+    Group(("plugins", "plugin"), "plugins", "the parts of the daemon"),
+    Group(("version",), "version", "versions of client and daemon", single=True),
+)
+GROUPS = (*RUNNING, *IMAGES, *DAEMON)
+
+HELP = """usage: wherry [GLOBAL OPTION]... COMMAND [OPTION]...
+
+Runs containers. The commands are those of containerd's ctr, with its names and meanings; the daemon may be wherryd or
+containerd.
+
+running containers:
+{running}
+
+images and what they are made of:
+{images}
+
+the daemon:
+{daemon}
+
+global options:
+  -a, --address PATH       the daemon's socket (WHERRY_ADDRESS, CONTAINERD_ADDRESS; {address})
+  -n, --namespace NAME     the namespace to work in (WHERRY_NAMESPACE, CONTAINERD_NAMESPACE; default)
+  --timeout DURATION       give up after this time (30s, 5m)
+  --connect-timeout DURATION
+                           give up when nobody answers after this time (10s)
+  --embedded               start a daemon of your own for this command, and stop it afterwards
+  --root DIR, --state DIR  folders of that daemon
+  --debug                  show where an error comes from
+  -v, --version            print the version
+  -h, --help               print this; 'wherry COMMAND --help' explains a command
+
+examples:
+  wherry pull docker.io/library/alpine:latest
+  wherry run --rm -t docker.io/library/alpine:latest box sh
+  wherry run -d --memory 256m docker.io/library/redis:7 cache
+  wherry tasks exec --exec-id shell -t cache sh
+  wherry containers ls --format json
+"""
+
+
+class Usage(Exception):
+    """The command line can't be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit codes: 2 for wrong usage, else what the command says; 1 for its errors."""
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # who read our output has enough of it (`wherry ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _main(argv: list[str]) -> int:
+    try:
+        session, rest = _globals(argv)
+        if session is None:
+            return 0
+        found = _find(rest)
+    except Usage as error:
+        sys.stderr.write(f"wherry: {error}\nSee 'wherry --help'.\n")
+        return 2
+    if found is None:
+        return 0
+    command, prog, rest = found
+    return _run(session, command, prog, rest)
+
+
+def _run(session: Session, command: Command, prog: str, rest: list[str]) -> int:
+    from wherry.cli.table import parser_for  # noqa: PLC0415 - not for `wherry --version`
+    from wherry.client.blocking import drive  # noqa: PLC0415
+
+    async def work() -> int:
+        args = parser_for(command, prog).parse_args(rest)
+        try:
+            return await command.run(session, args) or 0
+        finally:
+            await session.close()
+
+    try:
+        return drive(work())
+    except WherryError as error:
+        if session.debug:
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(f"wherry: {error.message or type(error).__name__}\n")
+        code = getattr(error, "exit_code", 1)
+        return int(code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if session.debug:
+            raise
+        sys.stderr.write(f"wherry: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}\n")
+        return 1
+
+
+def _globals(argv: list[str]) -> tuple[Session | None, list[str]]:
+    """The session that the options before the command make, and what follows them; None when they said it all."""
+    from wherry.cli.session import Session  # noqa: PLC0415 - not for `wherry --version`
+
+    session = Session()
+    rest = list(argv)
+    while rest and rest[0].startswith("-"):
+        option, equals, value = rest.pop(0).partition("=")
+        if option in {"-h", "--help"}:
+            sys.stdout.write(_help())
+            return None, []
+        if option in {"-v", "--version"}:
+            from wherry.cli.version import client_version  # noqa: PLC0415
+
+            sys.stdout.write(f"wherry {client_version()}\n")
+            return None, []
+        if option in {"--debug", "--embedded"}:
+            setattr(session, option[2:], True)
+            continue
+        if option not in _VALUES:
+            raise Usage(f"unknown option {option}")
+        if not equals:
+            if not rest:
+                raise Usage(f"option {option} needs a value")
+            value = rest.pop(0)
+        _assign(session, _VALUES[option], value)
+    return session, rest
+
+
+_VALUES = {
+    "-a": "address",
+    "--address": "address",
+    "-n": "namespace",
+    "--namespace": "namespace",
+    "--timeout": "timeout",
+    "--connect-timeout": "connect_timeout",
+    "--root": "root",
+    "--state": "state",
+}
+
+
+def _assign(session: Session, name: str, value: str) -> None:
+    if name not in {"timeout", "connect_timeout"}:
+        setattr(session, name, value.removeprefix("unix://") if name == "address" else value)
+        return
+    import argparse  # noqa: PLC0415
+
+    from wherry.cli.arguments import duration  # noqa: PLC0415
+
+    try:
+        setattr(session, name, duration(value))
+    except argparse.ArgumentTypeError as error:
+        raise Usage(f"--{name.replace('_', '-')}: {error}") from None
+
+
+def _find(rest: list[str]) -> tuple[Command, str, list[str]] | None:
+    """The command, what was typed to reach it, and its own arguments; None when help was all that was wanted."""
+    if not rest or rest == ["help"]:
+        sys.stdout.write(_help())
+        return None
+    name, rest = rest[0], rest[1:]
+    if name == "help":
+        return _find([*rest, "--help"])
+    group = next((group for group in GROUPS if name in group.names), None)
+    if group is None:
+        raise Usage(f"unknown command {name!r}")
+    from wherry.cli.table import find, overview  # noqa: PLC0415
+
+    commands: Sequence[Command] = import_module(f"wherry.cli.{group.module}").COMMANDS
+    prog = f"wherry {name}"
+    if group.single:
+        return commands[0], prog, rest
+    if not rest or rest[0] in {"-h", "--help", "help"}:
+        sys.stdout.write(overview(prog, group.help, commands) + "\n")
+        return None
+    command = find(commands, rest[0])
+    if command is None:
+        raise Usage(f"unknown command {rest[0]!r} of 'wherry {name}'")
+    return command, f"{prog} {rest[0]}", rest[1:]
+
+
+def _help() -> str:
+    from wherry.client.address import DEFAULT_ADDRESS  # noqa: PLC0415
+
+    def section(groups: Sequence[Group]) -> str:
+        return "\n".join(f"  {', '.join(group.names):<28} {group.help}" for group in groups)
+
+    return HELP.format(
+        running=section(RUNNING), images=section(IMAGES), daemon=section(DAEMON), address=DEFAULT_ADDRESS
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

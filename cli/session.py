@@ -1,0 +1,76 @@
+"""One run of the command line: where the daemon is, the connection to it, and what global options say."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from wherry.client.address import connect_blocking, default_address, default_namespace
+from wherry.client.api import Client
+from wherry.core.errors import PermissionDenied, Unavailable
+
+if TYPE_CHECKING:
+    from wherry.client.embedded import Embedded
+
+
+class NoDaemon(Unavailable):
+    """Nobody answers at the address; its text says how to start somebody."""
+
+
+@dataclass(slots=True)
+class Session:
+    """The global options (times in seconds, 0 is no limit), and the client that they lead to."""
+
+    address: str = field(default_factory=default_address)
+    namespace: str = field(default_factory=default_namespace)
+    timeout: float = 0.0
+    connect_timeout: float = 10.0
+    debug: bool = False
+    embedded: bool = False
+    root: str = ""
+    state: str = ""
+    _started: float = field(default_factory=time.monotonic)
+    _client: Client | None = None
+    _daemon: Embedded | None = None
+
+    @property
+    def client(self) -> Client:
+        """The client, connected when it is first asked for. Raises NoDaemon, PermissionDenied."""
+        if self._client is None:
+            self._client = self.another()
+        return self._client
+
+    def another(self) -> Client:
+        """A client over a connection of its own (for signals that interrupt a call on the first)."""
+        if self.embedded and self._daemon is None:
+            self._daemon = self._embed()
+            self.address = self._daemon.address
+        try:
+            transport = connect_blocking(self.address, self.connect_timeout or None)
+        except PermissionDenied:
+            raise
+        except Unavailable as error:
+            raise NoDaemon(
+                f"no daemon answers at {self.address} ({error.message}).\n"
+                "Start one with 'systemctl start wherryd' or 'wherryd &', name another with --address, or let this "
+                "command bring its own: 'wherry --embedded ...'."
+            ) from error
+        deadline = self._started + self.timeout if self.timeout else None
+        return Client.over(transport, self.namespace, deadline=deadline)
+
+    def _embed(self) -> Embedded:
+        from wherry.client.embedded import Embedded  # noqa: PLC0415 - rare, and needs subprocesses
+
+        daemon = Embedded(root=self.root, state=self.state)
+        daemon.start()
+        return daemon
+
+    async def close(self) -> None:
+        """Ends the connection, and the daemon that was started for this command."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        if self._daemon is not None:
+            self._daemon.stop()
+            self._daemon = None

@@ -1,0 +1,70 @@
+"""What a command of the command line is: its names, its options, what it does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from wherry.cli.session import Session
+
+Configure = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[Session, argparse.Namespace], Awaitable[int | None]]
+
+
+def nothing(parser: argparse.ArgumentParser) -> None:
+    """For commands without options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command. `names` are its name and its aliases, `run` answers with the exit code (None is 0)."""
+
+    names: tuple[str, ...]
+    help: str
+    run: Run
+    configure: Configure = nothing
+    example: str = ""
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help as people read it: texts as they were written, options in one column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors exit with 2 and one line that says where the help is."""
+
+    def error(self, message: str) -> None:  # type: ignore[override] # it doesn't return, as the original doesn't
+        """Says what was wrong and leaves."""
+        self.exit(2, f"wherry: {message}\nSee '{self.prog} --help'.\n")
+
+
+def parser_for(command: Command, prog: str) -> Parser:
+    """The parser of one command; `prog` is what was typed before its options."""
+    examples = f"\nexample:\n  {command.example}\n" if command.example else ""
+    parser = Parser(
+        prog=prog,
+        description=command.help,
+        epilog=examples,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    command.configure(parser)
+    return parser
+
+
+def find(commands: Sequence[Command], name: str) -> Command | None:
+    """The command of that name or alias."""
+    return next((command for command in commands if name in command.names), None)
+
+
+def overview(prog: str, about: str, commands: Sequence[Command]) -> str:
+    """The help of a group: its commands with one line each."""
+    rows = [(", ".join(command.names), command.help.split("\n")[0]) for command in commands]
+    width = max(len(names) for names, _ in rows)
+    lines = [f"usage: {prog} COMMAND [OPTION]...", "", about, "", "commands:"]
+    lines += [f"  {names:<{width}}  {text}" for names, text in rows]
+    return "\n".join([*lines, "", f"'{prog} COMMAND --help' shows a command's options."])

@@ -1,0 +1,174 @@
+"""From an image to a container that can run: the record, its snapshot, and the mounts for its task.
+
+The order needs no lease and few calls: the record is written first and names its snapshot, so that the garbage
+collector spares the snapshot from its first moment on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from wherry.client import users
+from wherry.client.containers import Container
+from wherry.client.manifests import Picture, picture
+from wherry.client.spec import SpecOptions, build
+from wherry.core.errors import InvalidArgument, NotFound, WherryError
+from wherry.core.typeurl import pack
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from wherry.client.api import Client
+    from wherry.client.images import Image
+    from wherry.client.values import Mount
+    from wherry.core.platforms import Platform
+
+RUNTIME = "io.containerd.runc.v2"
+STOP_SIGNAL = "io.containerd.image.config.stop-signal"
+
+
+@dataclass(slots=True)
+class Launch:
+    """What to make.
+
+    `image` is the image's full name; "" with `spec.rootfs`, a folder of the host that is no snapshot. `document` is a
+    whole specification that replaces the one made from `spec`. `user` is `NAME|UID[:GROUP|GID]`, None for the image's.
+    """
+
+    id: str
+    image: str = ""
+    spec: SpecOptions = field(default_factory=SpecOptions)
+    document: Mapping[str, Any] | None = None
+    user: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    snapshotter: str = ""
+    snapshot_labels: Mapping[str, str] = field(default_factory=dict)
+    runtime: str = RUNTIME
+    runtime_options: Message | None = None
+    platform: Platform | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A container and the mounts of its root; none where the root is a folder of the host."""
+
+    container: Container
+    mounts: tuple[Mount, ...]
+
+
+async def create(client: Client, launch: Launch) -> Launched:
+    """Makes the container, unpacking the image where nobody did; nothing is left of it when this raises.
+
+    Raises NotFound without the image, AlreadyExists where the id is taken, InvalidArgument.
+    """
+    if not launch.image:
+        return await _without_image(client, launch)
+    image = await client.images.find(launch.image)
+    look = await picture(client.content, image.target, launch.platform)
+    snapshotter = launch.snapshotter or await client.namespaces.default_snapshotter()
+    spec = _spec(client, launch, look)
+    record = Container(
+        id=launch.id,
+        image=image.name,
+        labels=_labels(launch, image, look),
+        runtime=launch.runtime,
+        runtime_options=_options(launch),
+        spec=spec,
+        snapshotter=snapshotter,
+        snapshot_key=launch.id,
+    )
+    container = await client.containers.create(record)
+    try:
+        mounts = await _prepare(client, launch, look, snapshotter)
+        try:
+            container = await _set_user(client, container, launch, look, mounts)
+        except BaseException:
+            with contextlib.suppress(WherryError):
+                await client.snapshots(snapshotter).remove(launch.id)
+            raise
+    except BaseException:
+        with contextlib.suppress(WherryError):
+            await client.containers.delete(launch.id)
+        raise
+    return Launched(container, tuple(mounts))
+
+
+async def remove(client: Client, container: Container) -> None:
+    """Removes a container and its snapshot; a snapshot that is gone already is no error."""
+    if container.snapshot_key and container.snapshotter:
+        with contextlib.suppress(NotFound):
+            await client.snapshots(container.snapshotter).remove(container.snapshot_key)
+    await client.containers.delete(container.id)
+
+
+async def _without_image(client: Client, launch: Launch) -> Launched:
+    if not launch.spec.rootfs and launch.document is None:
+        raise InvalidArgument("a container needs an image, a root folder or a whole specification")
+    spec = _spec(client, launch, None)
+    if launch.user:
+        user = users.resolve(launch.user, lambda _: "")
+        spec["process"]["user"] = user.json()
+    record = Container(
+        id=launch.id,
+        labels=dict(launch.labels),
+        runtime=launch.runtime,
+        runtime_options=_options(launch),
+        spec=spec,
+    )
+    return Launched(await client.containers.create(record), ())
+
+
+def _spec(client: Client, launch: Launch, look: Picture | None) -> dict[str, Any]:
+    if launch.document is not None:
+        return dict(launch.document)
+    return build(client.namespace, launch.id, launch.spec, look.settings if look is not None else None)
+
+
+def _options(launch: Launch) -> Any:
+    return None if launch.runtime_options is None else pack(launch.runtime_options)
+
+
+def _labels(launch: Launch, image: Image, look: Picture) -> dict[str, str]:
+    labels = look.settings.get("Labels") or {}
+    return {
+        **{str(key): str(value) for key, value in labels.items()},
+        **image.labels,
+        STOP_SIGNAL: look.settings.get("StopSignal") or "SIGTERM",
+        **launch.labels,
+    }
+
+
+async def _prepare(client: Client, launch: Launch, look: Picture, snapshotter: str) -> list[Mount]:
+    snapshots = client.snapshots(snapshotter)
+    try:
+        return await snapshots.prepare(launch.id, look.chain_id, launch.snapshot_labels)
+    except NotFound:
+        from wherry.client.unpack import unpack  # noqa: PLC0415 - an image is unpacked once
+
+        chain = await unpack(client, look, snapshotter)
+        return await snapshots.prepare(launch.id, chain, launch.snapshot_labels)
+
+
+async def _set_user(
+    client: Client, container: Container, launch: Launch, look: Picture, mounts: list[Mount]
+) -> Container:
+    """Looks the user up in the container's own files; the record is written again only where the answer isn't root."""
+    if launch.document is not None:
+        return container
+    wanted = look.settings.get("User") or "" if launch.user is None else launch.user
+    try:
+        user = users.resolve(wanted, users.reader(mounts))
+    except InvalidArgument:
+        if wanted:
+            raise
+        # root without the files of the image: no permission to read them, or another host's
+        user = users.ROOT
+    if user == users.ROOT:
+        return container
+    spec = dict(container.spec or {})
+    spec["process"] = {**spec["process"], "user": user.json()}
+    changed = Container(id=container.id, spec=spec)
+    return await client.containers.update(changed, ["spec"])
