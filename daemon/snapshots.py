@@ -1,32 +1,85 @@
-"""Snapshots for tenants: the asynchronous, namespaced face of the snapshotters."""
+"""Snapshots for tenants: the asynchronous, namespaced face of the snapshotters.
+
+A tenant's key is the snapshotter's key `NAMESPACE/NUMBER/KEY`, with a number that is never used twice, so that tenants
+don't see each other's snapshots and a key can be used again at once while the old files are still being removed. The
+snapshotters block and are made for one thread each: each has its own here.
+
+Files come before records and go after them. Of a commit, which has to change both, the record says first what it will
+be (`origin`), so that a crash in between is finished or taken back at the next start. Rules and texts are containerd's
+(core/metadata/snapshot.go).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
+import structlog
+
+from wherry.core import topics
+from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, WherryError
+from wherry.core.filters import compile_filters, fields
+from wherry.core.labels import SNAPSHOT_REF
+from wherry.core.names import quote
+from wherry.daemon.fields import apply_mask, now, settle_labels
 from wherry.daemon.metadata import Metadata
-from wherry.daemon.namespaces import Publish
+from wherry.daemon.namespaces import Publish, unheard
+from wherry.daemon.snapshot_records import (
+    Record,
+    Scope,
+    adopt,
+    begin_commit,
+    end_commit,
+    insert,
+    lookup,
+    pending_commits,
+    remove,
+    undo_commit,
+)
+from wherry.linux.mounts import Mount
+from wherry.proto import events_pb2
 from wherry.proto import snapshots_pb2 as pb
+from wherry.snapshotter import interface
+from wherry.snapshotter.interface import Snapshotter
 
-if TYPE_CHECKING:
-    from wherry.linux.mounts import Mount
-    from wherry.snapshotter.interface import Snapshotter
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+# labels that are passed on to the snapshotter; others are between the client and the metadata
+_INHERITED_PREFIX = "containerd.io/snapshot/"
 
 
 class SnapshotStore:
+    """The snapshots of all namespaces, by snapshotter and key."""
+
     def __init__(
         self, metadata: Metadata, snapshotters: Mapping[str, Snapshotter], publish: Publish | None = None
     ) -> None:
-        raise NotImplementedError
+        """`snapshotters` by name; they are closed with this store."""
+        self._metadata = metadata
+        self._publish = publish or unheard
+        self._snapshotters = dict(snapshotters)
+        self._threads = {name: ThreadPoolExecutor(1, f"snapshotter-{name}") for name in snapshotters}
+        self._last_number = 0
+        # backend keys that are being made: no record yet, but no garbage either
+        self._making: set[str] = set()
+        # backend keys whose records are gone and whose files are not yet
+        self._garbage: dict[str, set[str]] = {name: set() for name in snapshotters}
+        self._draining: dict[str, asyncio.Task[None]] = {}
 
     @property
     def names(self) -> list[str]:
         """The snapshotters there are."""
-        raise NotImplementedError
+        return sorted(self._snapshotters)
 
     async def stat(self, namespace: str, snapshotter: str, key: str) -> pb.Info:
-        raise NotImplementedError
+        """Raises NotFound."""
+        return self._record(namespace, snapshotter, key).info
 
     async def prepare(
         self,
@@ -37,8 +90,16 @@ class SnapshotStore:
         labels: Mapping[str, str] | None = None,
         *,
         lease: str | None = None,
-    ) -> list[Mount]:
-        raise NotImplementedError
+    ) -> Sequence[Mount]:
+        """Make an active snapshot; the lease holds it.
+
+        Raises AlreadyExists (the key, or the name in the label `containerd.io/snapshot.ref`; the lease holds that
+        then), NotFound (the parent, the lease), InvalidArgument.
+        """
+        mounts = await self._make(pb.ACTIVE, Scope(namespace, snapshotter, lease), key, parent, labels)
+        event = events_pb2.SnapshotPrepare(key=key, parent=parent, snapshotter=snapshotter)
+        self._publish(namespace, topics.SNAPSHOT_PREPARE, event)
+        return mounts
 
     async def view(
         self,
@@ -49,11 +110,15 @@ class SnapshotStore:
         labels: Mapping[str, str] | None = None,
         *,
         lease: str | None = None,
-    ) -> list[Mount]:
-        raise NotImplementedError
+    ) -> Sequence[Mount]:
+        """Make a snapshot that can only be read; errors as `prepare`."""
+        return await self._make(pb.VIEW, Scope(namespace, snapshotter, lease), key, parent, labels)
 
-    async def mounts(self, namespace: str, snapshotter: str, key: str) -> list[Mount]:
-        raise NotImplementedError
+    async def mounts(self, namespace: str, snapshotter: str, key: str) -> Sequence[Mount]:
+        """The mounts that show an active snapshot or a view. Raises NotFound, FailedPrecondition."""
+        record = self._record(namespace, snapshotter, key)
+        backend = self._backend(snapshotter)
+        return await self._run(snapshotter, lambda: list(backend.mounts(record.backend)))
 
     async def commit(
         self,
@@ -63,34 +128,289 @@ class SnapshotStore:
         key: str,
         labels: Mapping[str, str] | None = None,
         *,
+        parent: str = "",
         lease: str | None = None,
     ) -> None:
-        raise NotImplementedError
+        """Turn the active snapshot `key` into the committed snapshot `name`; on return it is on disk.
 
-    async def remove(self, namespace: str, snapshotter: str, key: str) -> None:
+        `parent` as in `Snapshotter.commit`. Raises AlreadyExists (the name), NotFound, FailedPrecondition.
+        """
+        backend = self._backend(snapshotter)
+        if not name:
+            raise InvalidArgument("snapshot name must not be empty: invalid argument")
+        info = pb.Info(name=name, kind=pb.COMMITTED, labels=labels or {}, created_at=now())
+        info.updated_at.CopyFrom(info.created_at)
+        settle_labels(info.labels, "info.Labels")
+        scope = Scope(namespace, snapshotter, lease)
+        target = self._backend_key(namespace, name)
+        self._making.add(target)
+        try:
+            record, below = await self._metadata.write(
+                lambda db: begin_commit(db, scope, info, key=key, backend=target, parent=parent)
+            )
+            inherited = _inherited(info.labels)
+            try:
+                await self._run(snapshotter, lambda: backend.commit(target, record.backend, inherited, below))
+            except WherryError:
+                await self._metadata.write(lambda db: undo_commit(db, scope, name))
+                raise
+            await self._metadata.write(lambda db: end_commit(db, scope, name), durable=True)
+        finally:
+            self._making.discard(target)
+        event = events_pb2.SnapshotCommit(key=key, name=name, snapshotter=snapshotter)
+        self._publish(namespace, topics.SNAPSHOT_COMMIT, event)
+
+    async def remove(self, namespace: str, snapshotter: str, key: str, *, lease: str | None = None) -> None:
         """The record goes now, the files soon after. Raises NotFound, FailedPrecondition (has children)."""
-        raise NotImplementedError
+        self._backend(snapshotter)
+        scope = Scope(namespace, snapshotter, lease)
+        backend_key = await self._metadata.write(lambda db: remove(db, scope, key), removes=True)
+        event = events_pb2.SnapshotRemove(key=key, snapshotter=snapshotter)
+        self._publish(namespace, topics.SNAPSHOT_REMOVE, event)
+        self.discard(snapshotter, [backend_key])
 
     async def update(self, namespace: str, snapshotter: str, info: pb.Info, paths: Sequence[str] = ()) -> pb.Info:
-        raise NotImplementedError
+        """Set labels: all (`labels` or no path) or some (`labels.KEY`; an empty value removes).
+
+        Raises NotFound, InvalidArgument for another path.
+        """
+        backend = self._backend(snapshotter)
+        if not info.name:
+            raise InvalidArgument("snapshot name must not be empty: invalid argument")
+        what = f"snapshot {quote(info.name)}"
+
+        def work(connection: sqlite3.Connection) -> Record:
+            record = lookup(connection, Scope(namespace, snapshotter), info.name)
+            labels = {"labels": "labels"}
+            apply_mask(record.info, info, paths or ("labels",), fields=labels, maps=("labels",), what=what)
+            settle_labels(record.info.labels, "info.Labels")
+            record.info.updated_at.CopyFrom(now())
+            connection.execute(
+                "UPDATE snapshots SET record = ? WHERE namespace = ? AND snapshotter = ? AND key = ?",
+                (record.info.SerializeToString(), namespace, snapshotter, info.name),
+            )
+            return record
+
+        record = await self._metadata.write(work, removes=True)
+        inherited = _inherited(record.info.labels)
+        inner = interface.Info(kind=interface.Kind(record.info.kind), name=record.backend, labels=inherited)
+        await self._run(snapshotter, lambda: backend.update(inner))
+        return record.info
 
     async def usage(self, namespace: str, snapshotter: str, key: str) -> tuple[int, int]:
-        """(bytes, inodes) of the snapshot alone."""
-        raise NotImplementedError
+        """(bytes, inodes) of the snapshot alone. Raises NotFound."""
+        record = self._record(namespace, snapshotter, key)
+        backend = self._backend(snapshotter)
+        found = await self._run(snapshotter, lambda: backend.usage(record.backend))
+        return found.size, found.inodes
 
-    async def list(self, namespace: str, snapshotter: str, filters: Sequence[str] = ()) -> list[pb.Info]:
-        raise NotImplementedError
+    async def list(self, namespace: str, snapshotter: str, filters: Sequence[str] = ()) -> Sequence[pb.Info]:
+        """Those that one of the filters matches (`kind`, `name`, `parent`, `labels."key"`), by key."""
+        self._backend(snapshotter)
+        matches = compile_filters(filters)
+        query = "SELECT record FROM snapshots WHERE namespace = ? AND snapshotter = ? AND origin = '' ORDER BY key"
+
+        def work(connection: sqlite3.Connection) -> list[pb.Info]:
+            found = (pb.Info.FromString(row[0]) for row in connection.execute(query, (namespace, snapshotter)))
+            return [
+                info
+                for info in found
+                if matches(
+                    fields(
+                        {
+                            "kind": pb.Kind.Name(info.kind).lower(),
+                            "name": info.name,
+                            "parent": info.parent,
+                            "labels": info.labels,
+                        }
+                    )
+                )
+            ]
+
+        return await self._metadata.read(work)
 
     async def cleanup(self, snapshotter: str) -> None:
         """Remove what no record names any more, and wait for it."""
-        raise NotImplementedError
+        backend = self._backend(snapshotter)
+        # the snapshotter is asked first: what it makes after that is not among what is removed
+        there = await self._run(snapshotter, lambda: {info.name for info in backend.walk()})
+        rows = await self._metadata.rows("SELECT backend FROM snapshots WHERE snapshotter = ?", (snapshotter,))
+        self.discard(snapshotter, there - {row[0] for row in rows} - self._making)
+        await self.drain(snapshotter)
+        await self._run(snapshotter, backend.cleanup)
+
+    async def sweep(self) -> tuple[int, int]:
+        """Make files and records agree, before anything is served: what a crash left.
+
+        Returns how many snapshots without a record, and records without a snapshot, it removed.
+        """
+        found = [await self._sweep(name) for name in self.names]
+        return sum(orphans for orphans, _ in found), sum(lost for _, lost in found)
+
+    def discard(self, snapshotter: str, backend_keys: Iterable[str]) -> None:
+        """Have the files of these, whose records are gone, removed soon. For the garbage collector, too."""
+        self._garbage.setdefault(snapshotter, set()).update(backend_keys)
+        task = self._draining.get(snapshotter)
+        if self._garbage[snapshotter] and snapshotter in self._snapshotters and (task is None or task.done()):
+            self._draining[snapshotter] = asyncio.get_running_loop().create_task(self._drain(snapshotter))
+
+    async def drain(self, snapshotter: str | None = None) -> None:
+        """Wait until what was discarded is gone, as far as it can go."""
+        for name in [snapshotter] if snapshotter else self.names:
+            self.discard(name, ())
+            task = self._draining.get(name)
+            if task is not None:
+                await asyncio.shield(task)
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """End the threads and close the snapshotters. What is not removed yet is found at the next start."""
+        for task in self._draining.values():
+            task.cancel()
+        await asyncio.gather(*self._draining.values(), return_exceptions=True)
+        for name, backend in self._snapshotters.items():
+            await self._run(name, backend.close)
+            self._threads[name].shutdown(wait=True)
+
+    # -- inner things
+
+    async def _sweep(self, snapshotter: str) -> tuple[int, int]:
+        backend = self._backend(snapshotter)
+        there = await self._run(snapshotter, lambda: {info.name for info in backend.walk()})
+        lost = await self._metadata.write(lambda db: _reconcile(db, snapshotter, there), alone=True)
+        rows = await self._metadata.rows("SELECT backend FROM snapshots WHERE snapshotter = ?", (snapshotter,))
+        garbage = there - {row[0] for row in rows}
+        self.discard(snapshotter, garbage)
+        return len(garbage), lost
+
+    async def _make(
+        self, kind: pb.Kind, scope: Scope, key: str, parent: str, labels: Mapping[str, str] | None
+    ) -> Sequence[Mount]:
+        namespace, snapshotter, _ = scope
+        backend = self._backend(snapshotter)
+        if not key:
+            raise InvalidArgument("snapshot key must not be empty: invalid argument")
+        info = pb.Info(name=key, parent=parent, kind=kind, labels=labels or {}, created_at=now())
+        info.updated_at.CopyFrom(info.created_at)
+        settle_labels(info.labels, "info.Labels")
+        await self._refuse_known(scope, "target snapshot", info.labels.get(SNAPSHOT_REF, ""))
+        await self._refuse_known(scope, "snapshot", key)
+        below = ""
+        if parent:
+            try:
+                below = self._record(namespace, snapshotter, parent).backend
+            except NotFound:
+                raise NotFound(f"parent snapshot {parent} does not exist: not found") from None
+        make = backend.view if kind == pb.VIEW else backend.prepare
+        backend_key = self._backend_key(namespace, key)
+        inherited = _inherited(info.labels)
+        self._making.add(backend_key)
+        try:
+            try:
+                mounts = await self._run(snapshotter, lambda: list(make(backend_key, below, inherited)))
+            except AlreadyExists:
+                await self._adopt(scope, info, below)
+                raise
+            try:
+                await self._metadata.write(lambda db: insert(db, scope, info, backend_key, below))
+            except BaseException:
+                self.discard(snapshotter, [backend_key])
+                raise
+            return mounts
+        finally:
+            self._making.discard(backend_key)
+
+    async def _refuse_known(self, scope: Scope, what: str, key: str) -> None:
+        """Raise AlreadyExists for what is there, after the lease got hold of it."""
+        query = "SELECT 1 FROM snapshots WHERE namespace = ? AND snapshotter = ? AND key = ?"
+        if key and self._metadata.row(query, scope.at(key)) is not None:
+            await self._metadata.write(lambda db: scope.hold(db, key))
+            raise AlreadyExists(f"{what} {quote(key)}: already exists")
+
+    async def _adopt(self, scope: Scope, info: pb.Info, below: str) -> None:
+        """A snapshotter that fetches layers itself has the wanted one: take it into the namespace's records.
+
+        It says so by AlreadyExists to a `prepare` with the label `containerd.io/snapshot.ref` (containerd's remote
+        snapshotters). Returns in every case: the caller passes AlreadyExists on.
+        """
+        target = info.labels.get(SNAPSHOT_REF, "")
+        if not target:
+            return
+        backend = self._backend(scope.snapshotter)
+
+        def find() -> interface.Info | None:
+            for found in backend.walk():
+                same = found.labels.get(SNAPSHOT_REF) == target and found.parent == below
+                if same and found.kind == interface.Kind.COMMITTED:
+                    return found
+            return None
+
+        found = await self._run(scope.snapshotter, find)
+        if found is not None:
+            known = found
+            await self._metadata.write(lambda db: adopt(db, scope, info, target, known))
+
+    async def _drain(self, snapshotter: str) -> None:
+        """Remove discarded snapshots until nothing goes any more: a parent goes only after its children."""
+        backend = self._backend(snapshotter)
+        garbage = self._garbage[snapshotter]
+        while garbage:
+            progress = False
+            # newer ones first: children are newer than their parents
+            for key in sorted(garbage, reverse=True):
+                try:
+                    await self._run(snapshotter, partial(backend.remove, key))
+                except NotFound:
+                    pass
+                except (WherryError, OSError) as error:
+                    log.debug("snapshot not removed yet", snapshotter=snapshotter, key=key, error=str(error))
+                    continue
+                garbage.discard(key)
+                progress = True
+            if not progress:
+                log.warning("snapshots not removed", snapshotter=snapshotter, count=len(garbage))
+                return
+
+    def _record(self, namespace: str, snapshotter: str, key: str) -> Record:
+        self._backend(snapshotter)
+        query = (
+            "SELECT backend, parent, record FROM snapshots "
+            "WHERE namespace = ? AND snapshotter = ? AND key = ? AND origin = ''"
+        )
+        row = self._metadata.row(query, (namespace, snapshotter, key))
+        if row is None:
+            raise NotFound(f"snapshot {key} does not exist: not found")
+        return Record(row[0], row[1], pb.Info.FromString(row[2]))
+
+    def _backend(self, snapshotter: str) -> Snapshotter:
+        if not snapshotter:
+            raise InvalidArgument("snapshotter argument missing: invalid argument")
+        try:
+            return self._snapshotters[snapshotter]
+        except KeyError:
+            raise InvalidArgument(f"snapshotter not loaded: {snapshotter}: invalid argument") from None
+
+    def _backend_key(self, namespace: str, key: str) -> str:
+        """A key for the snapshotter; the clock keeps its number from being used twice, over restarts too."""
+        self._last_number = max(self._last_number + 1, time.time_ns())
+        return f"{namespace}/{self._last_number}/{key}"
+
+    async def _run(self, snapshotter: str, work: Callable[[], T]) -> T:
+        """Run blocking work of a snapshotter in its thread. A cancelled caller's work is done all the same."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads[snapshotter], work)
 
 
-class SnapshotService:
-    SERVICE = "containerd.services.snapshots.v1.Snapshots"
+def _inherited(labels: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in labels.items() if key == SNAPSHOT_REF or key.startswith(_INHERITED_PREFIX)}
 
-    def __init__(self, store: SnapshotStore) -> None:
-        raise NotImplementedError
+
+def _reconcile(connection: sqlite3.Connection, snapshotter: str, there: set[str]) -> int:
+    """Finish or take back commits that a crash cut in two; drop records whose snapshot is gone; how many of those."""
+    for namespace, name, backend in pending_commits(connection, snapshotter):
+        if backend in there:
+            end_commit(connection, Scope(namespace, snapshotter), name)
+        else:
+            undo_commit(connection, Scope(namespace, snapshotter), name)
+    rows = connection.execute("SELECT rowid, backend FROM snapshots WHERE snapshotter = ?", (snapshotter,)).fetchall()
+    lost = [(rowid,) for rowid, backend in rows if backend not in there]
+    connection.executemany("DELETE FROM snapshots WHERE rowid = ?", lost)
+    return len(lost)
