@@ -28,7 +28,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class GrpcServer:
-    """The server. `bind` it once, then `start`; `health` says SERVING from then on."""
+    """The server. `bind` it once, then `start`."""
 
     def __init__(self, services: Iterable[object], *, max_receive: int, max_send: int) -> None:
         """`services` as wherry.proto.service describes them; sizes in bytes of one message."""
@@ -41,31 +41,29 @@ class GrpcServer:
             ("grpc.http2.max_ping_strikes", 0),
         ]
         self._server = grpc.aio.server(options=options)
+        self._names = contextlib.ExitStack()
         self._table = Table()
         for service in services:
             self._table.add(service)
         self._server.add_generic_rpc_handlers((self._table,))
-
-    def add_generic(self, handlers: Any) -> None:
-        """Serve handlers that are somebody else's (the health service)."""
-        self._server.add_generic_rpc_handlers((handlers,))
 
     def bind(self, path: str, *, uid: int = 0, gid: int = 0) -> None:
         """Listen on a unix socket, with its mode and owner from the first moment on.
 
         The caller holds the address's lock: whatever is at the path is replaced. Raises OSError with the path.
         """
-        with short_path(path) as short:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(short)
-            try:
-                with tight_umask():
-                    bound = self._server.add_insecure_port(f"unix:{short}")
-            except RuntimeError as error:
-                raise OSError(f"can't listen on {path}: {error}") from error
-            if not bound:
-                raise OSError(f"can't listen on {path}")
-            own(short, uid=uid, gid=gid)
+        # gRPC removes the file by the name it was given when it stops: the name must mean the same until then
+        short = self._names.enter_context(short_path(path))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(short)
+        try:
+            with tight_umask():
+                bound = self._server.add_insecure_port(f"unix:{short}")
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {path}: {error}") from error
+        if not bound:
+            raise OSError(f"can't listen on {path}")
+        own(short, uid=uid, gid=gid)
 
     async def start(self) -> None:
         """Serve."""
@@ -74,6 +72,7 @@ class GrpcServer:
     async def stop(self, grace: float) -> None:
         """Take no more calls; give those that run `grace` seconds, then cancel them."""
         await self._server.stop(grace)
+        self._names.close()
 
 
 class Table(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic only in its stubs
@@ -84,11 +83,12 @@ class Table(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic only i
         self._services: set[str] = set()
 
     def add(self, service: object) -> None:
-        """Serve one more service. Raises AttributeError where it lacks a method that its descriptor declares."""
+        """Serve one more service; a method that it lacks answers UNIMPLEMENTED."""
         name: str = service.SERVICE  # type: ignore[attr-defined]
         self._services.add(name)
         for method in methods(name).values():
-            self._handlers[method.path] = _handler(method, getattr(service, method.attribute))
+            if (function := getattr(service, method.attribute, None)) is not None:
+                self._handlers[method.path] = _handler(method, function)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> _Handler | None:
         """grpc asks this for each call."""
@@ -97,8 +97,6 @@ class Table(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic only i
         if handler is not None:
             return handler
         service, _, name = path.lstrip("/").partition("/")
-        if service.startswith("grpc."):
-            return None  # health is another handler's
         known = service in self._services
         return _refuse(f"unknown method {name} for service {service}" if known else f"unknown service {service}")
 

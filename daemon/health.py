@@ -32,6 +32,10 @@ class HealthService:
             raise NotFound("unknown service")
         return pb.HealthCheckResponse(status=self._status)
 
+    async def list(self, request: pb.HealthListRequest, context: Context) -> pb.HealthListResponse:
+        """The state of all there is: the daemon."""
+        return pb.HealthListResponse(statuses={"": pb.HealthCheckResponse(status=self._status)})
+
     async def watch(self, request: pb.HealthCheckRequest, context: Context) -> AsyncIterator[pb.HealthCheckResponse]:
         """The state now and whenever it changes."""
         while True:

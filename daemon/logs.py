@@ -29,7 +29,7 @@ def set_up(level: str = "", form: str = "") -> None:
         exceptions: list[Any] = []
     else:
         renderer = structlog.processors.JSONRenderer()
-        exceptions = [structlog.processors.dict_tracebacks]
+        exceptions = [structlog.processors.format_exc_info]
     structlog.configure(
         processors=[
             structlog.stdlib.add_log_level,

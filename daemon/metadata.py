@@ -139,11 +139,12 @@ class Metadata:
 
     async def sync(self) -> None:
         """All that was committed before is on disk when this returns."""
-        if self._sync_next is None:
-            self._sync_next = self._loop.create_future()
+        waiting = self._sync_next
+        if waiting is None:
+            waiting = self._sync_next = self._loop.create_future()
             if not self._sync_running:
-                self._start_sync()
-        await asyncio.shield(self._sync_next)
+                self._start_sync()  # takes the future over
+        await asyncio.shield(waiting)
 
     def watch(self, callback: Callable[[bool], None]) -> None:
         """Have `callback(removes)` called in the loop's thread after each transaction."""
