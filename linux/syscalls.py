@@ -332,6 +332,13 @@ def keyctl(operation: int, arg2: object = 0, arg3: int = 0, arg4: int = 0) -> in
     return _call(_NR_KEYCTL, _int(operation), second, _long(arg3), _long(arg4), name=f"keyctl({operation})")
 
 
+def keyctl_describe(key: int) -> str:
+    """A key's `type;uid;gid;permissions;description`, the permissions in hexadecimal."""
+    buffer = ctypes.create_string_buffer(512)
+    _call(_NR_KEYCTL, _int(KEYCTL_DESCRIBE), _long(key), buffer, _long(512), name="keyctl(KEYCTL_DESCRIBE)")
+    return buffer.value.decode("utf-8", "replace")
+
+
 class _CapHeader(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 

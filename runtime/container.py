@@ -24,6 +24,7 @@ Nothing else of the caller's descriptors reaches the container, save the `preser
 
 from __future__ import annotations
 
+import json
 import os
 
 from wherry.runtime.errors import ContainerError
@@ -129,6 +130,13 @@ class ExecRequest:
 
 def preload() -> None:
     """Import everything that any call of this module needs, so that nothing is imported after a fork."""
+    import fcntl  # noqa: F401
+    import select  # noqa: F401
+
+    from wherry.linux import cgroups
+    from wherry.runtime import console, copyup, create, execute, hooks, lifecycle, sealed, seccomp  # noqa: F401
+
+    cgroups.host()
 
 
 def create(request: CreateRequest) -> int:
@@ -137,59 +145,87 @@ def create(request: CreateRequest) -> int:
     Returns init's pid (in the caller's pid namespace). Whatever fails is undone before the error is raised:
     `unable to start container process: exec: "nosuch": executable file not found in $PATH` and the like.
     """
-    raise ContainerError("being written")
+    from wherry.runtime import create as implementation
+
+    return implementation.create(request)
 
 
 def start(root: str, id: str) -> None:  # noqa: A002
-    """Let a created container's init execute the user's program. Any process may call it."""
-    raise ContainerError("being written")
+    """Let a created container's init execute the user's program; any process may call it.
+
+    Returns when execve has happened (or raises with its error), after the poststart hooks.
+    """
+    from wherry.runtime import lifecycle
+
+    lifecycle.start(root, id)
 
 
 def exec_process(request: ExecRequest) -> int:
-    """Run another process in a running container's namespaces and cgroup; returns its pid.
+    """Run another process in a running container's namespaces and cgroup; returns its pid once it executed its program.
 
-    `exec failed: unable to start container process: exec: "nosuch": executable file not found in $PATH` if it can't be.
+    `unable to start container process: exec: "nosuch": executable file not found in $PATH` if it can't be.
     """
-    raise ContainerError("being written")
+    from wherry.runtime import create as implementation
+
+    return implementation.exec_process(request)
 
 
 def kill(root: str, id: str, signal: int, *, all: bool = False) -> None:  # noqa: A002
     """Signal init, or with `all` every process of the container's cgroup. Stopped: `container not running`."""
-    raise ContainerError("being written")
+    from wherry.runtime import lifecycle
+
+    lifecycle.kill(root, id, signal, everybody=all)
 
 
 def delete(root: str, id: str, *, force: bool = False) -> None:  # noqa: A002
-    """Remove a stopped (or only created) container: cgroup, state; runs poststop hooks. `force` kills it first."""
-    raise ContainerError("being written")
+    """Remove a stopped (or only created) container: cgroup, state; runs poststop hooks. `force` kills it first.
+
+    `cannot delete container x that is not stopped: running` otherwise. With `force` a missing container is no error.
+    """
+    from wherry.runtime import lifecycle
+
+    lifecycle.delete(root, id, force=force)
 
 
 def state(root: str, id: str) -> dict[str, Any]:  # noqa: A002
     """OCI state as `runc state` prints it: ociVersion, id, pid, status, bundle, rootfs, created, annotations, owner."""
-    raise ContainerError("being written")
+    from wherry.runtime import state as states
+
+    return states.load(root, id).described()
 
 
 def pause(root: str, id: str) -> None:  # noqa: A002
     """Freeze all processes of the container."""
-    raise ContainerError("being written")
+    from wherry.runtime import lifecycle
+
+    lifecycle.pause(root, id)
 
 
 def resume(root: str, id: str) -> None:  # noqa: A002
-    raise ContainerError("being written")
+    """Thaw them."""
+    from wherry.runtime import lifecycle
+
+    lifecycle.resume(root, id)
 
 
 def update(root: str, id: str, resources: dict[str, Any]) -> None:  # noqa: A002
     """Apply an OCI `linux.resources` object (only the fields that are there) to the container's cgroup."""
-    raise ContainerError("being written")
+    from wherry.runtime import lifecycle
+
+    lifecycle.update(root, id, resources)
 
 
 def pids(root: str, id: str) -> list[int]:  # noqa: A002
     """All processes in the container's cgroup, as pids of the caller's namespace."""
-    raise ContainerError("being written")
+    pids_: list[int] = cgroup(root, id).pids()
+    return pids_
 
 
 def cgroup(root: str, id: str) -> Any:  # noqa: A002
     """The container's `wherry.linux.cgroups` object: statistics, OOM events."""
-    raise ContainerError("being written")
+    from wherry.runtime import lifecycle
+
+    return lifecycle.cgroup_of(root, id)
 
 
 def forked(function: Callable[..., T], *args: object, **kwargs: object) -> T:
@@ -198,8 +234,39 @@ def forked(function: Callable[..., T], *args: object, **kwargs: object) -> T:
     The child is waited for. Only None, ints, strings and what JSON holds come back. A child that dies without a word
     raises ContainerError with its wait status.
     """
-    return _forked(function, args, kwargs)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _answer(writer, function, args, kwargs)
+    os.close(writer)
+    raw = b""
+    try:
+        while chunk := os.read(reader, 65536):
+            raw += chunk
+    finally:
+        os.close(reader)
+    _, status = os.waitpid(pid, 0)
+    if not raw:
+        raise ContainerError(f"the runtime died (wait status {status})")
+    answer = json.loads(raw)
+    if "error" in answer:
+        raise ContainerError(answer["error"], answer["kind"])
+    return answer["result"]  # type: ignore[no-any-return]
 
 
-def _forked(function: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
-    raise ContainerError(f"being written {os.getpid()} {function} {args} {kwargs}")
+def _answer(writer: int, function: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    from wherry.runtime import kernel
+
+    answer: dict[str, object]
+    try:
+        kernel.reset_signals()
+        answer = {"result": function(*args, **kwargs)}
+    except ContainerError as error:
+        answer = {"error": error.message, "kind": error.kind}
+    except BaseException as error:  # noqa: BLE001 - the caller has to learn of it; this process ends here
+        answer = {"error": f"{type(error).__name__}: {error}", "kind": "unknown"}
+    try:
+        os.write(writer, json.dumps(answer).encode())
+    finally:
+        os._exit(0)

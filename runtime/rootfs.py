@@ -318,6 +318,10 @@ class Rootfs:
         else:
             self._pivot_root()
         os.close(self.root.fd)
+        propagation = self.linux.get("rootfsPropagation")
+        if propagation and has_mount_namespace:
+            # only now: the flags are those of the root that the container sees
+            sc.mount("", "/", "", m.PROPAGATION[propagation])
 
     def _pivot_root(self) -> None:
         """Old root and new root in one place: the old one then lies on top and is taken away (pivot_root(2), NOTES)."""

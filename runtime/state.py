@@ -3,7 +3,9 @@
     state.json   written atomically (rename): who init is, where bundle, rootfs and cgroup are
     config.json  the spec that the container was created with (exec and hooks need it; the bundle may change)
     exec.fifo    where init waits for `start`
-    lock         flock(2)ed by every command that changes something
+    start.error  what init says when it can't execute the program after `start`
+
+The folder itself is flock(2)ed by every command that changes something.
 
 Whether a container is `created` isn't written down, it is asked of the kernel: init holds exec.fifo open until it
 executes the user's program, and opening a fifo to write without blocking succeeds only while somebody has it open to
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
 FIFO = "exec.fifo"
+FAILURE = "start.error"
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 _ID_LIMIT = 1024  # runc's
 
@@ -63,6 +66,10 @@ class State:
     @property
     def fifo(self) -> str:
         return os.path.join(self.folder, FIFO)
+
+    @property
+    def failure(self) -> str:
+        return os.path.join(self.folder, FAILURE)
 
     # -- the folder ---------------------------------------------------------------------------------------------
 

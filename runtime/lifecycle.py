@@ -1,0 +1,213 @@
+"""start, kill, delete, pause, resume, update: what happens to a container that was created."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal as signals
+
+from wherry.core.errors import WherryError
+from wherry.linux import cgroups
+from wherry.runtime import hooks, state
+from wherry.runtime.errors import NOT_FOUND, PRECONDITION, ContainerError
+from wherry.runtime.spec import hooks_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_KILL_PATIENCE = 10.0  # seconds that `delete --force` waits for a killed init (runc: 10 s)
+
+
+def cgroup_of(root: str, container_id: str) -> Any:
+    return _cgroup(state.load(root, container_id))
+
+
+def _cgroup(found: state.State) -> Any:
+    if not found.cgroup_paths:
+        raise ContainerError("the container has no cgroup", PRECONDITION)
+    return cgroups.restore(found.cgroup_paths)
+
+
+def _cgroup_failure(what: str, error: BaseException) -> ContainerError:
+    text = error.message if isinstance(error, WherryError) else str(error)
+    return ContainerError(f"{what}: {text}")
+
+
+# -- start ------------------------------------------------------------------------------------------------------------
+
+
+def start(root: str, container_id: str) -> None:
+    """See `container.start`."""
+    found = state.load(root, container_id)
+    with state.Lock(found):
+        try:
+            fifo = os.open(found.fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOENT):
+                raise
+            if found.alive():
+                raise ContainerError("cannot start an already running container", PRECONDITION) from None
+            raise ContainerError("cannot start a container that has stopped", PRECONDITION) from None
+        try:
+            os.write(fifo, b"\0")
+            _wait_for_exec(fifo)
+        finally:
+            os.close(fifo)
+        failure = _read_failure(found)
+        if failure:
+            raise ContainerError(failure)
+        poststart = hooks_of(found.spec(), "poststart") if os.path.exists(os.path.join(found.folder, "config.json")) else []
+        hooks.run_all("poststart", poststart, {**found.oci(state.RUNNING), "pid": found.pid})
+
+
+def _wait_for_exec(fifo: int) -> None:
+    """Until nobody reads the fifo any more: execve closed it, or the process died. A writer's end reports that as an
+    error of the descriptor (poll(2), POLLERR)."""
+    poller = select.poll()
+    poller.register(fifo, 0)
+    while not poller.poll():
+        pass
+
+
+def _read_failure(found: state.State) -> str:
+    try:
+        with open(found.failure, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+# -- kill -------------------------------------------------------------------------------------------------------------
+
+
+def kill(root: str, container_id: str, signal: int, *, everybody: bool = False) -> None:
+    """See `container.kill`."""
+    found = state.load(root, container_id)
+    alive = found.alive()
+    if everybody or (signal == signals.SIGKILL and not _has_own_pids(found)):
+        # Without a pid namespace of its own the container outlives its init; all of it is meant.
+        try:
+            _cgroup(found).kill(signal)
+        except (OSError, WherryError) as error:
+            raise _cgroup_failure("unable to signal all", error) from error
+        return
+    if not alive:
+        raise ContainerError("container not running", PRECONDITION)
+    try:
+        fd = os.pidfd_open(found.pid)
+    except ProcessLookupError:
+        raise ContainerError("container not running", PRECONDITION) from None
+    try:
+        if not found.alive():  # looked at again under the pidfd: this is the process that we mean
+            raise ContainerError("container not running", PRECONDITION)
+        signals.pidfd_send_signal(fd, signal)
+    except ProcessLookupError:
+        raise ContainerError("container not running", PRECONDITION) from None
+    except OSError as error:
+        raise ContainerError(f"unable to signal init: {(error.strerror or '').lower()}") from None
+    finally:
+        os.close(fd)
+
+
+def _has_own_pids(found: state.State) -> bool:
+    return "pid" in found.namespaces
+
+
+# -- delete -----------------------------------------------------------------------------------------------------------
+
+
+def delete(root: str, container_id: str, *, force: bool = False) -> None:
+    """See `container.delete`."""
+    try:
+        found = state.load(root, container_id)
+    except ContainerError as error:
+        if force and error.kind == NOT_FOUND:
+            return
+        raise
+    with state.Lock(found):
+        status = found.status()
+        if status not in (state.STOPPED, state.CREATED) and not force:
+            text = f"cannot delete container {container_id} that is not stopped: {status}"
+            raise ContainerError(text, PRECONDITION)
+        if status != state.STOPPED:
+            _end(found)
+        destroy(found)
+
+
+def _end(found: state.State) -> None:
+    """SIGKILL for all of it, and wait until init is gone (a zombie is gone)."""
+    pid = found.pid or found.creator
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if found.cgroup_paths:
+            try:
+                _cgroup(found).kill()
+            except (OSError, WherryError):
+                pass  # init itself is next
+        if found.alive() or not found.pid:
+            signals.pidfd_send_signal(fd, signals.SIGKILL)
+        if not select.select([fd], [], [], _KILL_PATIENCE)[0]:
+            raise ContainerError("container init still running")
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(fd)
+
+
+def destroy(found: state.State) -> None:
+    """Take away what a stopped container has left. The state folder goes last, so that a `delete` that is killed half
+    way can be said again."""
+    try:
+        poststop = hooks_of(found.spec(), "poststop")
+    except (OSError, ValueError):
+        poststop = []
+    if found.cgroup_paths:
+        try:
+            cgroup = _cgroup(found)
+            if not _has_own_pids(found):
+                cgroup.kill()
+            cgroup.delete()
+        except (OSError, WherryError) as error:
+            raise _cgroup_failure("unable to remove the container's cgroup", error) from error
+    payload = found.oci(state.STOPPED)
+    found.remove()
+    hooks.run_all("poststop", poststop, payload)
+
+
+# -- the cgroup -------------------------------------------------------------------------------------------------------
+
+
+def pause(root: str, container_id: str) -> None:
+    found = state.load(root, container_id)
+    status = found.status()
+    if status not in (state.RUNNING, state.CREATED):
+        raise ContainerError("container not running or created: " + status, PRECONDITION)
+    try:
+        _cgroup(found).freeze()
+    except (OSError, WherryError) as error:
+        raise _cgroup_failure("unable to freeze", error) from error
+
+
+def resume(root: str, container_id: str) -> None:
+    found = state.load(root, container_id)
+    if found.status() != state.PAUSED:
+        raise ContainerError("container not paused", PRECONDITION)
+    try:
+        _cgroup(found).thaw()
+    except (OSError, WherryError) as error:
+        raise _cgroup_failure("unable to thaw", error) from error
+
+
+def update(root: str, container_id: str, resources: dict[str, Any]) -> None:
+    found = state.load(root, container_id)
+    if found.status() == state.STOPPED:
+        raise ContainerError("container not running", PRECONDITION)
+    try:
+        _cgroup(found).apply(resources)
+    except (OSError, WherryError) as error:
+        raise _cgroup_failure("unable to update", error) from error

@@ -1,0 +1,199 @@
+"""The runtime's side of making a process: fork it into its namespaces, answer it, undo what failed.
+
+`init.py` draws the handshake. Two kinds of process are made here: a container's init, and one that `exec` adds.
+"""
+
+from __future__ import annotations
+
+import os
+
+from wherry.linux import process
+from wherry.linux import syscalls as sc
+from wherry.linux.namespaces import path_of
+from wherry.runtime import channel as channels
+from wherry.runtime import hooks, kernel
+from wherry.runtime.errors import ContainerError
+from wherry.runtime.spec import RLIMITS, hooks_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from wherry.runtime.channel import Channel
+    from wherry.runtime.plan import Plan
+
+FAILED_START = "unable to start container process: "
+
+
+def spawn(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channel]:
+    """Fork into the pid (and time) namespace and the cgroup; the child runs `body`, which never returns.
+
+    With a user namespace the child is the process in between (`init.enter_user_namespace`), forked plainly.
+    The caller's own namespaces are as they were when this returns.
+    """
+    ours, theirs = channels.pair()
+    restore: list[tuple[int, int]] = []
+    in_between = "user" in plan.kinds and not plan.is_exec
+    flags = 0
+    try:
+        if not in_between:
+            flags = _choose_pid_namespace(plan, restore)
+        if "time" in plan.new and not in_between:
+            restore.append((os.open("/proc/self/ns/time", os.O_RDONLY | os.O_CLOEXEC), sc.CLONE_NEWTIME))
+            sc.unshare(sc.CLONE_NEWTIME)
+            kernel.write_time_offsets(plan.linux, plan.new)
+        pid = sc.fork(flags, plan.cgroup_fd)
+        if pid == 0:
+            ours.close()
+            body(plan, theirs)
+            os._exit(70)  # never reached: EX_SOFTWARE
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+        for fd, kind in restore:
+            sc.setns(fd, kind)
+            os.close(fd)
+    return pid, ours
+
+
+def _choose_pid_namespace(plan: Plan, restore: list[tuple[int, int]]) -> int:
+    """Flags for the fork; entering an existing pid namespace instead moves this process's future children."""
+    fd = plan.joined.pop("pid", -1)
+    if fd < 0:
+        return sc.CLONE_NEWPID if "pid" in plan.new else 0
+    try:
+        restore.append((os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC), sc.CLONE_NEWPID))
+        sc.setns(fd, sc.CLONE_NEWPID)
+    finally:
+        os.close(fd)
+    return 0
+
+
+def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], None]) -> int:
+    """Answer the child until it waits (init) or has gone (exec); returns the pid of the container's process.
+
+    `recorded` is called with it when nothing can fail any more. On an error the child is killed and reaped.
+    """
+    child, settled = pid, False
+    try:
+        while True:
+            kind, value = channel.receive()
+            if kind == "error":
+                raise ContainerError(FAILED_START + value)
+            if kind == "":
+                if settled:
+                    return child
+                raise ContainerError(FAILED_START + _death(child))
+            if kind == "map":
+                _write_mappings(child, plan.linux)
+                channel.send("mapped")
+            elif kind == "child":
+                os.waitpid(child, 0)
+                child = int(value)
+            elif kind == "hooks":
+                _run_host_hooks(plan, child)
+                channel.send("go")
+            elif kind == "ready":
+                _limit(plan, child)
+                channel.send("go")
+            elif kind == "waiting":
+                recorded(child)
+                channel.send("recorded")
+                if not plan.is_exec:
+                    return child
+                settled = True  # what comes now is the end of file that a successful execve makes, or its error
+    except BaseException:
+        _kill(child)
+        raise
+    finally:
+        channel.close()
+
+
+def _death(pid: int) -> str:
+    """Why the child died without a word."""
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        return "container init died"
+    code = os.waitstatus_to_exitcode(status)
+    if code == -9:
+        return "container init was OOM-killed (memory limit too low?)"
+    return f"container init died ({'signal ' + str(-code) if code < 0 else 'exit status ' + str(code)})"
+
+
+def _kill(pid: int) -> None:
+    """End the child and reap it, if it is our child; a grandchild is reaped by whoever adopted it."""
+    try:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
+def _write_mappings(pid: int, linux: dict[str, Any]) -> None:
+    for key, file in (("gidMappings", "gid_map"), ("uidMappings", "uid_map")):
+        lines = [f"{item.get('containerID') or 0} {item.get('hostID') or 0} {item['size']}\n" for item in linux.get(key) or ()]
+        try:
+            fd = os.open(f"/proc/{pid}/{file}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, "".join(lines).encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise ContainerError(f"{FAILED_START}failed to write {file} of the user namespace: {error.strerror}") from None
+
+
+def _run_host_hooks(plan: Plan, pid: int) -> None:
+    state = plan.state.oci("creating")
+    state["pid"] = pid
+    try:
+        hooks.run_all("prestart", hooks_of(plan.spec, "prestart"), state)
+        hooks.run_all("createRuntime", hooks_of(plan.spec, "createRuntime"), state)
+    except ContainerError as error:
+        raise ContainerError(f"{FAILED_START}error during container init: {error.message}") from None
+
+
+def _limit(plan: Plan, pid: int) -> None:
+    """What this process has the right to set and the container's hasn't, when the container is in a user namespace."""
+    for item in plan.process.get("rlimits") or ():
+        number = RLIMITS[item["type"]]
+        try:
+            sc.prlimit(pid, number, item.get("soft") or 0, item.get("hard") or 0)
+        except OSError as error:
+            text = (error.strerror or "").lower()
+            what = f"error setting rlimits for ready process: error setting rlimit type {number}: {text}"
+            prefix = "" if plan.is_exec else "error during container init: "
+            raise ContainerError(f"{FAILED_START}{prefix}{what}") from None
+    score = plan.process.get("oomScoreAdj")
+    if score is not None:
+        try:
+            fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, str(score).encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            what = f"failed to update /proc/self/oom_score_adj: {error.strerror}"
+            raise ContainerError(f"{FAILED_START}{what}") from None
+
+
+def record(plan: Plan, pid: int) -> None:
+    plan.state.pid = pid
+    plan.state.pid_started = process.start_time(pid)
+    plan.state.namespaces = {kind: path_of(kind, pid) for kind in plan.kinds}
+    plan.state.save()
+
+
+def write_pid_file(path: str, pid: int) -> None:
+    """Atomically: who waits for the file may read it at once."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        os.write(fd, str(pid).encode())
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)

@@ -1,0 +1,99 @@
+"""What the runtime knows before it forks, shared by memory with the process that becomes the container."""
+
+from __future__ import annotations
+
+import os
+
+from wherry.linux import syscalls as sc
+from wherry.linux.namespaces import FLAGS, open_namespace
+from wherry.runtime.errors import ContainerError
+from wherry.runtime.spec import namespaces_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from wherry.runtime.channel import Channel
+    from wherry.runtime.state import State
+
+
+class Plan:
+    """One process to be made: its spec, descriptors, namespaces.
+
+    new: kinds of namespaces to make; joined: kind → descriptor of one to enter. fifo: where init waits for `start`;
+    failure: where it says why it couldn't go on then (both -1 for exec). seccomp: the compiled program, or None.
+    """
+
+    def __init__(self, state: State, spec: dict[str, Any], process: dict[str, Any]) -> None:
+        self.state = state
+        self.spec = spec
+        self.process = process
+        self.linux: dict[str, Any] = spec.get("linux") or {}
+        self.new: list[str] = []
+        self.joined: dict[str, int] = {}
+        self.cgroup: Any = None
+        self.cgroup_fd = -1
+        self.fifo = -1
+        self.failure = -1
+        self.console = -1
+        self.stdio: tuple[int, int, int] | None = None
+        self.preserve_fds = 0
+        self.no_pivot = False
+        self.no_new_keyring = False
+        self.seccomp: bytes | None = None
+        self.seccomp_flags = 0
+        self.is_exec = False
+        self.kinds: dict[str, str] = {}
+
+    def open_namespaces(self) -> None:
+        """Sort the configured namespaces into those to make and those to join, which are opened."""
+        self.kinds = namespaces_of(self.spec)
+        for kind, path in self.kinds.items():
+            if not path:
+                self.new.append(kind)
+                continue
+            try:
+                self.joined[kind] = open_namespace(path)
+            except OSError as error:
+                raise ContainerError(f"failed to open {path}: {error.strerror}") from None
+
+    def flags(self, *but: str) -> int:
+        """CLONE_ flags of the namespaces to make, without some."""
+        return sum(FLAGS[kind] for kind in self.new if kind not in but)
+
+    def close(self) -> None:
+        """Close what was opened for the child."""
+        for fd in (*self.joined.values(), self.cgroup_fd, self.fifo, self.failure):
+            if fd >= 0:
+                os.close(fd)
+        self.joined = {}
+        self.cgroup_fd = self.fifo = self.failure = -1
+
+    def kept(self, channel: Channel) -> list[int]:
+        """The descriptors that the child still needs."""
+        fds = {0, 1, 2, *range(3, 3 + self.preserve_fds), *channel.fds(), *self.joined.values()}
+        fds |= {self.fifo, self.failure, self.console, self.cgroup_fd, *(self.stdio or ())}
+        return sorted(fd for fd in fds if fd >= 0)
+
+
+def close_others(kept: list[int]) -> None:
+    """Close every descriptor that isn't in `kept` (sorted): what the caller had open is not the container's business,
+    not even while it is being made."""
+    first = 0
+    for fd in kept:
+        if fd > first:
+            sc.close_range(first, fd - 1)
+        first = fd + 1
+    sc.close_range(first)
+
+
+def take_streams(stdio: tuple[int, int, int] | None) -> None:
+    """Make these descriptors 0, 1 and 2, whatever order they come in."""
+    if stdio is None:
+        return
+    import fcntl  # noqa: PLC0415 - only where streams are moved
+
+    safe = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in stdio]
+    for number, fd in enumerate(safe):
+        os.dup2(fd, number)
+        os.close(fd)
