@@ -128,9 +128,9 @@ class Fetcher:
                         skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
                         if not chunk:
                             continue
-                    state.offset += len(chunk)
-                    if state.offset > descriptor.size:
+                    if state.offset + len(chunk) > descriptor.size:
                         raise Aborted(f"{descriptor.digest}: more than its {descriptor.size} bytes came: aborted")
+                    state.offset += len(chunk)
                     yield chunk
             except (aiohttp.ClientError, OSError) as error:
                 raise Unavailable(f"{descriptor.digest}: connection to {host.netloc} was cut: {error}") from error
