@@ -34,7 +34,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config.write_text(
         f"""version: 0.1
 log: {{level: error}}
-storage: {{cache: {{blobdescriptor: inmemory}}, filesystem: {{rootdirectory: {folder / "data"}}}, delete: {{enabled: true}}}}
+storage: {{cache: {{blobdescriptor: inmemory}}, filesystem: {{rootdirectory: {folder / "data"}}}}}
 http: {{addr: "{address}"}}
 """
     )

@@ -236,7 +236,7 @@ async def test_redirects_get_no_authorization(serve: Serve) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         if "Authorization" not in request.headers:
             return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="x"'})
-        raise web.HTTPTemporaryRedirect(f"http://{elsewhere.address}/blob?sig=a%2Fb")
+        return web.Response(status=307, headers={"Location": f"http://{elsewhere.address}/blob?sig=a%2Fb"})
 
     server = await serve(handler)
     hosts = [Host("http", server.address, headers={"X-Secret": "1"})]
