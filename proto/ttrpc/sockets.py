@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 from collections.abc import Callable
 
 from wherry.core.errors import AlreadyExists, Unavailable
@@ -80,7 +81,8 @@ def _remove_stale(path: str) -> None:
         connect(path, timeout=1).close()
     except Unavailable as error:
         cause = error.__cause__
-        if isinstance(cause, ConnectionRefusedError):
+        # a file that is no socket refuses connections too, but isn't ours to remove
+        if isinstance(cause, ConnectionRefusedError) and stat.S_ISSOCK(os.lstat(path).st_mode):
             os.unlink(path)
         elif not isinstance(cause, FileNotFoundError):
             raise AlreadyExists(f"{path}: {error.message}: already exists") from error
