@@ -8,7 +8,6 @@ never not at all.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from wherry.proto.service import TTRPC_NAMESPACE
 from wherry.proto.ttrpc.frames import Answer, ClientConnection, ProtocolError
 from wherry.proto.ttrpc.sockets import MAX_PATH
 from wherry.shim.log import log
+from wherry.shim.loop import DEFAULT_SIGNALS
 
 if TYPE_CHECKING:
     from wherry.shim.loop import Children, Future, Loop, Timer
@@ -67,7 +67,8 @@ class Publisher:
         self._path = address.removeprefix("unix://")
         self._binary = binary
         self._grpc_address = grpc_address
-        self._queue: deque[tuple[str, bytes]] = deque()
+        self.queue: deque[tuple[str, bytes]] = deque()
+        """Topics and serialized envelopes that wait, the first one perhaps on its way."""
         self._socket: socket.socket | None = None
         self._protocol = ClientConnection()
         self._out = b""
@@ -85,22 +86,22 @@ class Publisher:
         envelope = types_pb2.Envelope(namespace=self._namespace, topic=topic)
         envelope.timestamp.FromNanoseconds(time.time_ns())
         envelope.event.CopyFrom(typeurl.pack(event))
-        if len(self._queue) >= MAX_QUEUED:
+        if len(self.queue) >= MAX_QUEUED:
             self._make_room()
-        self._queue.append((topic, envelope.SerializeToString()))
+        self.queue.append((topic, envelope.SerializeToString()))
         if self._timer is None:
             self._go_on()
 
     def _make_room(self) -> None:
-        for index, (topic, _) in enumerate(self._queue):
+        for index, (topic, _) in enumerate(self.queue):
             # the first one may be on its way
             if index and topic not in KEPT:
-                del self._queue[index]
+                del self.queue[index]
                 return
 
     def retry_now(self) -> None:
         """The daemon showed itself: don't wait for the next attempt."""
-        if self._queue and self._timer is not None and not self._sent_at:
+        if self.queue and self._timer is not None and not self._sent_at:
             self._timer.cancel()
             self._timer = None
             self._go_on()
@@ -108,7 +109,7 @@ class Publisher:
     def emptied(self) -> Future[None]:
         """Settled once nothing waits to be published any more."""
         future: Future[None] = self._loop.future()
-        if self._queue:
+        if self.queue:
             self._emptied.append(future)
         else:
             future.set(None)
@@ -118,7 +119,7 @@ class Publisher:
 
     def _go_on(self) -> None:
         self._timer = None
-        if not self._queue:
+        if not self.queue:
             waiting, self._emptied = self._emptied, []
             for future in waiting:
                 future.set(None)
@@ -155,7 +156,7 @@ class Publisher:
 
     def _send(self) -> None:
         request = events_ttrpc_pb2.ForwardRequest()
-        request.envelope.ParseFromString(self._queue[0][1])
+        request.envelope.ParseFromString(self.queue[0][1])
         self._sent_at, self._out = self._protocol.call(
             _SERVICE,
             "Forward",
@@ -201,12 +202,12 @@ class Publisher:
             self._timer.cancel()
         self._sent_at = 0
         if answer.code:
-            log("error", f"forward event: {answer.message}", topic=self._queue[0][0])
+            log("error", f"forward event: {answer.message}", topic=self.queue[0][0])
             if answer.code not in _HOPELESS:
                 self._again()
                 return
         self._delay = FIRST_RETRY
-        self._queue.popleft()
+        self.queue.popleft()
         self._go_on()
 
     def _lost(self) -> None:
@@ -220,7 +221,7 @@ class Publisher:
             self._loop.forget(self._socket.fileno())
             self._socket.close()
             self._socket = None
-        if self._queue:
+        if self.queue:
             self._again()
 
     def _again(self) -> None:
@@ -232,7 +233,7 @@ class Publisher:
     def _run_binary(self) -> None:
         if self._running:
             return
-        topic, data = self._queue[0]
+        topic, data = self.queue[0]
         event = types_pb2.Envelope.FromString(data).event.SerializeToString()
         command = [self._binary, "--address", self._grpc_address, "publish", "--topic", topic]
         command += ["--namespace", self._namespace]
@@ -246,7 +247,7 @@ class Publisher:
                     command,
                     os.environ,
                     file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)],
-                    setsigdef=[signal.SIGPIPE],
+                    setsigdef=DEFAULT_SIGNALS,
                 )
                 ended = self._children.exited(pid)
         except OSError as error:
@@ -261,7 +262,7 @@ class Publisher:
         def done() -> None:
             self._running = False
             if ended.result().status == 0:
-                self._queue.popleft()
+                self.queue.popleft()
                 self._delay = FIRST_RETRY
                 self._go_on()
             else:
@@ -271,5 +272,5 @@ class Publisher:
 
     def close(self) -> None:
         """Give up what is left and close the connection."""
-        self._queue.clear()
+        self.queue.clear()
         self._lost()

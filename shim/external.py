@@ -10,10 +10,10 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from wherry.core import errors
+from wherry.shim.loop import DEFAULT_SIGNALS
 from wherry.shim.oci_runtime import Checkpoint, kill_error
 from wherry.shim.state_files import RuntimeSettings, write_file
 
@@ -149,7 +149,7 @@ def _spawn(line: list[str], streams: tuple[int, int, int]) -> int:
     """Start a program with these streams. None of them is 0, 1 or 2 itself."""
     environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
     actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams)]
-    return os.posix_spawn(line[0], line, environment, file_actions=actions, setsigdef=[signal.SIGPIPE])
+    return os.posix_spawn(line[0], line, environment, file_actions=actions, setsigdef=DEFAULT_SIGNALS)
 
 
 def _given(data: bytes) -> int:

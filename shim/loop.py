@@ -23,6 +23,9 @@ from wherry.core import errors
 
 T = TypeVar("T")
 
+# what Python ignores and the programs we start must not; a handler is reset by execve itself
+DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
 # EPOLLHUP and EPOLLERR come unasked; whoever waits finds out by reading or writing
 _READ = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
 _WRITE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR

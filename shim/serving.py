@@ -6,9 +6,11 @@ Nothing is imported from here on: the files of this version may be gone tomorrow
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,12 +57,18 @@ def become_shim(parameters: Parameters) -> None:
     # inherited by what is executed
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
+    signal.signal(signal.SIGUSR1, _describe)
     _adjust_oom_score(parameters.oom_score_adj)
     if parameters.shim_cgroup:
         cgroup = cgroups.plan(parameters.shim_cgroup, parameters.id)
         if not cgroup.exists():
             cgroup.create()
         cgroup.join() if cgroup.version == 1 else cgroup.add(os.getpid())
+
+
+def _describe(number: int, frame: object) -> None:
+    """SIGUSR1: what this shim is made of goes to its log, as other shims dump their stacks."""
+    log("warning", "asked by SIGUSR1", objects=len(gc.get_objects()), modules=" ".join(sorted(sys.modules)))
 
 
 def _adjust_oom_score(wanted: int | None) -> None:

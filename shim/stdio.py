@@ -28,13 +28,15 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from wherry.core import errors
 from wherry.shim.copying import Copy
+from wherry.shim.loop import DEFAULT_SIGNALS
 
 if TYPE_CHECKING:
     from wherry.shim.loop import Children, Future, Loop
 
 _NONBLOCK: Final = os.O_NONBLOCK | os.O_CLOEXEC
-# a logging program gets so long to write out what it holds, then SIGKILL (containerd's binaryIOProcTermTimeout)
-LOGGER_GRACE: Final = 12.0
+# a logging program has the end of its streams to end by itself; then SIGTERM; then, having had so long in all to write
+# out what it holds, SIGKILL (containerd's binaryIOProcTermTimeout)
+LOGGER_PATIENCE, LOGGER_GRACE = 2.0, 12.0
 # how long a logging program may take to say that it is ready
 LOGGER_READY: Final = 30.0
 
@@ -234,7 +236,7 @@ class ProcessIO:
         try:
             with self._children:
                 self._logger = os.posix_spawn(
-                    arguments[0], arguments, environment, file_actions=actions, setsigdef=[signal.SIGPIPE]
+                    arguments[0], arguments, environment, file_actions=actions, setsigdef=DEFAULT_SIGNALS
                 )
                 self._children.exited(self._logger).add_callback(self._logger_ended)
         finally:
@@ -279,17 +281,18 @@ class ProcessIO:
         self.child = None
         self.drained.set(None)
         if self._logger:
-            logger, self._logger = self._logger, 0
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(logger, signal.SIGTERM)
-            ended = self._children.exited(logger)
+            self._end_logger(self._logger)
 
-            def insist() -> None:
-                if not ended.done:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(logger, signal.SIGKILL)
+    def _end_logger(self, logger: int) -> None:
+        """It sees the end of its streams and should end; SIGTERM and SIGKILL are for one that doesn't."""
 
-            self._loop.later(LOGGER_GRACE, insist)
+        def insist(number: int) -> None:
+            if self._logger == logger:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(logger, number)
+
+        self._loop.later(LOGGER_PATIENCE, lambda: insist(signal.SIGTERM))
+        self._loop.later(LOGGER_GRACE, lambda: insist(signal.SIGKILL))
 
     # -- descriptors -----------------------------------------------------------------------------------------------
 

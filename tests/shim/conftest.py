@@ -1,0 +1,37 @@
+"""A busybox root for all tests of shims, and a lab for each."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.peers import need
+from tests.rootfs import build_busybox_rootfs
+from tests.shim.harness import Lab, lab_at
+
+
+@pytest.fixture(scope="session")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A busybox root filesystem, shared and only read."""
+    need("busybox")
+    return Path(build_busybox_rootfs(tmp_path_factory.mktemp("shim") / "rootfs"))
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A short path: sockets are in it."""
+    path = Path(tempfile.mkdtemp(prefix="wherry-shim-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(params=["runc", "bundled"])
+async def lab(request: pytest.FixtureRequest, work: Path, rootfs: Path) -> AsyncIterator[Lab]:
+    """Shims on each runtime."""
+    binary = "" if request.param == "bundled" else need(request.param)
+    async with lab_at(work, rootfs, binary) as lab:
+        yield lab
