@@ -21,7 +21,7 @@ def remove_tree(directory: str, timeout: float) -> None:
     while not _try(directory):
         if time.monotonic() >= deadline:
             left = list_pids(directory, recursive=True)
-            msg = f"still busy after {timeout} s (processes in it: {left or 'none'})"
+            msg = f"still busy (processes in it: {left or 'none'})"
             raise OSError(errno.EBUSY, msg, directory)
         time.sleep(wait)
         wait = min(wait * 2, _LONGEST_WAIT)

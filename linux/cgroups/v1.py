@@ -69,6 +69,7 @@ class CgroupV1(Cgroup):
         directory = self.paths.get("devices")
         if rules is not None and directory is not None:
             devices.write_v1(directory, devices.effective_rules(rules), fresh=directory in self._created)
+            self._created.discard(directory)
 
     def clone_fd(self) -> int:
         return -1

@@ -42,7 +42,7 @@ class CgroupV2(Cgroup):
         self.paths = {"": directory}
         self._directory = directory
         self._root = root
-        self._created = False
+        self._fresh = False  # made by us, and without a filter yet
 
     @classmethod
     def plan(cls, layout: Layout, cgroups_path: str, container_id: str) -> CgroupV2:
@@ -77,7 +77,7 @@ class CgroupV2(Cgroup):
             return True
         except FileNotFoundError:
             return False
-        self._created = True
+        self._fresh = True
         return True
 
     def _enable(self, controllers: list[str]) -> None:
@@ -107,7 +107,8 @@ class CgroupV2(Cgroup):
             raise
         rules = resources.get("devices")
         if rules is not None:
-            device_filter.attach(self._directory, devices.effective_rules(rules), fresh=self._created)
+            device_filter.attach(self._directory, devices.effective_rules(rules), fresh=self._fresh)
+            self._fresh = False
 
     def _explain(self, error: OSError) -> None:
         """Say so where a file is missing because its controller is."""

@@ -53,8 +53,7 @@ def main() -> None:
         pending = b""
         while chunk := port.read(65536):
             *lines, pending = (pending + chunk).split(b"\n")
-            for line in lines:
-                port.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
+            port.writelines(json.dumps(answer(json.loads(line))).encode() + b"\n" for line in lines)
 
 
 if __name__ == "__main__":

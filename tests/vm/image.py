@@ -35,11 +35,12 @@ _MODULE_FOLDERS = ("arch", "block", "crypto", "lib", "fs/overlayfs", "fs/fuse", 
 _MODULE_FILES = ("drivers/char/virtio_console.ko", "drivers/net/veth.ko", "drivers/char/hw_random")
 #: Units that only cost time in a machine that lives for a minute.
 _MASKED = (
-    "systemd-timesyncd.service systemd-udev-trigger.service systemd-udev-settle.service systemd-hwdb-update.service "
-    "systemd-journal-catalog-update.service systemd-update-done.service systemd-update-utmp.service ldconfig.service "
-    "systemd-firstboot.service systemd-random-seed.service systemd-pstore.service getty@tty1.service e2scrub_reap.service "
-    "systemd-journal-flush.service dev-hugepages.mount sys-kernel-debug.mount sys-kernel-tracing.mount "
-    "proc-sys-fs-binfmt_misc.automount serial-getty@ttyS0.service systemd-logind.service systemd-user-sessions.service"
+    "systemd-timesyncd.service systemd-udev-trigger.service systemd-udev-settle.service systemd-hwdb- "
+    "update.service systemd-journal-catalog-update.service systemd-update-done.service systemd-update- "
+    "utmp.service ldconfig.service systemd-firstboot.service systemd-random-seed.service systemd-pstore.service "
+    "getty@tty1.service e2scrub_reap.service systemd-journal-flush.service dev-hugepages.mount sys-kernel- "
+    "debug.mount sys-kernel-tracing.mount proc-sys-fs-binfmt_misc.automount serial-getty@ttyS0.service systemd- "
+    "logind.service systemd-user-sessions.service "
 )
 _INIT = """#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
@@ -115,7 +116,8 @@ def _apt(archives: str, *arguments: str) -> str:
     (folder / "status").touch()
     command = [
         *("apt-get", "--yes", "--no-install-recommends", "-o", f"Dir::State::status={folder}/status"),
-        *("-o", f"Dir::Cache::archives={folder}/{archives}/", "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root"),
+        *("-o", f"Dir::Cache::archives={folder}/{archives}/"),
+        *("-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=root"),
         *arguments,
         *PACKAGES.split(),
     ]
