@@ -168,6 +168,10 @@ class ContentWriter:
             # a full disk was told to who wrote, or will be when it goes on
             with contextlib.suppress(WherryError, OSError):
                 await self._drain()
+            # before the upload is thrown away: a file that is open takes room
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
             if self._discard and not self.aborted:
                 await self._store.forget(self)
         finally:

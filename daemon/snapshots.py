@@ -78,8 +78,10 @@ class SnapshotStore:
         return sorted(self._snapshotters)
 
     async def stat(self, namespace: str, snapshotter: str, key: str) -> pb.Info:
-        """Raises NotFound."""
-        return self._record(namespace, snapshotter, key).info
+        """What is known of a snapshot, with the labels that the snapshotter itself shows. Raises NotFound."""
+        record = self._record(namespace, snapshotter, key)
+        backend = self._backend(snapshotter)
+        return _shown(record.info, await self._run(snapshotter, partial(backend.stat, record.backend)))
 
     async def prepare(
         self,
@@ -206,12 +208,18 @@ class SnapshotStore:
 
     async def list(self, namespace: str, snapshotter: str, filters: Sequence[str] = ()) -> Sequence[pb.Info]:
         """Those that one of the filters matches (`kind`, `name`, `parent`, `labels."key"`), by key."""
-        self._backend(snapshotter)
+        backend = self._backend(snapshotter)
         matches = compile_filters(filters)
-        query = "SELECT record FROM snapshots WHERE namespace = ? AND snapshotter = ? AND origin = '' ORDER BY key"
+        query = (
+            "SELECT backend, record FROM snapshots "
+            "WHERE namespace = ? AND snapshotter = ? AND origin = '' ORDER BY key"
+        )
+        rows = await self._metadata.rows(query, (namespace, snapshotter))
 
-        def work(connection: sqlite3.Connection) -> list[pb.Info]:
-            found = (pb.Info.FromString(row[0]) for row in connection.execute(query, (namespace, snapshotter)))
+        def work() -> list[pb.Info]:
+            # asked after the records: what has gone meanwhile is left out, what came is not in the records
+            there = {info.name: info for info in backend.walk()}
+            found = (_shown(pb.Info.FromString(row[1]), there[row[0]]) for row in rows if row[0] in there)
             return [
                 info
                 for info in found
@@ -227,7 +235,7 @@ class SnapshotStore:
                 )
             ]
 
-        return await self._metadata.read(work)
+        return await self._run(snapshotter, work)
 
     async def cleanup(self, snapshotter: str) -> None:
         """Remove what no record names any more, and wait for it."""
@@ -397,6 +405,14 @@ class SnapshotStore:
     async def _run(self, snapshotter: str, work: Callable[[], T]) -> T:
         """Run blocking work of a snapshotter in its thread. A cancelled caller's work is done all the same."""
         return await asyncio.get_running_loop().run_in_executor(self._threads[snapshotter], work)
+
+
+def _shown(info: pb.Info, inner: interface.Info) -> pb.Info:
+    """A record as clients see it: the snapshotter may have labels of its own to show."""
+    for key, value in inner.labels.items():
+        if key not in info.labels:
+            info.labels[key] = value
+    return info
 
 
 def _inherited(labels: Mapping[str, str]) -> dict[str, str]:
