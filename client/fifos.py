@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 from types import TracebackType
 from typing import Self
@@ -60,6 +61,25 @@ class Fifos:
             raise
         self.stdio = Stdio(paths.get("stdin", ""), paths["stdout"], paths.get("stderr", ""), terminal)
 
+    @classmethod
+    def existing(cls, stdio: Stdio) -> Fifos:
+        """The FIFOs of a process that runs already; streams that are no FIFOs (URIs, files) are left out.
+
+        Raises FailedPrecondition where nothing is left to attach to.
+        """
+        fifos = cls.__new__(cls)
+        fifos.stdio = stdio
+        fifos.stdin = fifos.stdout = fifos.stderr = -1
+        fifos.folder = ""
+        for name in ("stdin", "stdout", "stderr"):
+            path = getattr(stdio, name)
+            if path and is_fifo(path):
+                # the shim holds the other end; it would not hurt if it didn't, see above
+                setattr(fifos, name, _open(path, os.O_RDWR if name == "stdin" else os.O_RDONLY))
+        if fifos.stdout < 0 and fifos.stderr < 0 and fifos.stdin < 0:
+            raise FailedPrecondition("the process has no streams to attach to (started with --null-io or --log-uri?)")
+        return fifos
+
     def close_stdin(self) -> None:
         """Gives the writing end up."""
         if self.stdin >= 0:
@@ -68,15 +88,21 @@ class Fifos:
 
     def close(self) -> None:
         """Closes what is open and removes the files; what a container still writes is lost. May be called twice."""
+        self.release()
+        self.remove()
+
+    def release(self) -> None:
+        """Closes the descriptors and leaves the files to who attaches later."""
         self.close_stdin()
         for descriptor in (self.stdout, self.stderr):
             if descriptor >= 0:
                 os.close(descriptor)
         self.stdout = self.stderr = -1
-        self.remove()
 
     def remove(self) -> None:
-        """Removes the files; open ends stay usable."""
+        """Removes the files; open ends stay usable. FIFOs that somebody else made stay."""
+        if not self.folder:
+            return
         try:
             for name in os.listdir(self.folder):
                 os.unlink(os.path.join(self.folder, name))
@@ -92,6 +118,28 @@ class Fifos:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def is_fifo(path: str) -> bool:
+    """Whether a stream is a FIFO of this host."""
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def discard(stdio: Stdio) -> None:
+    """Removes what a client that detached left for a process: its FIFOs and their folder, nothing else."""
+    folders = set()
+    for path in (stdio.stdin, stdio.stdout, stdio.stderr):
+        if path and is_fifo(path):
+            folders.add(os.path.dirname(path))
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    for folder in folders:
+        # it stays where something else is in it
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 def _open(path: str, flags: int) -> int:

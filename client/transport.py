@@ -37,6 +37,16 @@ class Pending(Protocol[Response_co]):
         """Gives the answer up. No harm when it is there already."""
 
 
+class BlockingPending(Pending[Response_co], Protocol[Response_co]):
+    """What a blocking transport's `begin` gives: an answer that one `select` can wait for beside other things."""
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when something came; -1 where the connection is lost."""
+
+    def ready(self) -> bool:
+        """Takes in what came, without waiting; whether `result` would return (or raise) at once."""
+
+
 class Stream(Protocol[Response_co]):
     """A call with several messages, in one or both directions."""
 

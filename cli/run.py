@@ -1,0 +1,185 @@
+"""`wherry run`: a container made, started, watched and removed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from wherry.cli import launching
+from wherry.cli.attach import Attachment, Waiter, forwarding, terminal
+from wherry.cli.table import Command
+from wherry.client.fifos import Fifos
+from wherry.client.launch import create, remove
+from wherry.client.tasks import Stdio
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+
+if TYPE_CHECKING:
+    from wherry.cli.session import Session
+    from wherry.client.api import Client
+    from wherry.client.launch import Launched
+
+# the exit codes of docker's command line, that scripts know: an error of ours, a command that can't be run, none there
+OURS, NOT_RUNNABLE, NO_COMMAND = 125, 126, 127
+
+
+def stream_options(parser: argparse._ActionsContainer) -> None:
+    """Where the streams of a process go."""
+    parser.add_argument("-d", "--detach", action="store_true", help="leave it running in the background")
+    parser.add_argument("-i", "--interactive", action="store_true", help="pass our input on (always done, without -d)")
+    parser.add_argument("--log-uri", default="", metavar="URI", help="output to file:///path or binary:///program")
+    parser.add_argument("--fifo-dir", default="", metavar="DIR", help="folder for the FIFOs")
+    parser.add_argument(
+        "--sig-proxy", nargs="?", const=True, default=True, type=switch, metavar="BOOL", help="pass signals on (true)"
+    )
+
+
+def switch(text: str) -> bool:
+    """A boolean as people write it, for argparse."""
+    if text.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.lower() in {"0", "false", "no", "off"}:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("running")
+    own.add_argument("--rm", action="store_true", help="remove the container when it has ended")
+    stream_options(own)
+    own.add_argument("--null-io", action="store_true", help="no input, output thrown away")
+    own.add_argument("--pid-file", default="", metavar="FILE", help="write the process id there")
+    launching.configure(parser)
+
+
+def exit_code_of(error: WherryError) -> int:
+    """The exit code for an error before a process runs: by what runtimes say of a command."""
+    text = error.message.lower()
+    about_command = "exec" in text or "command" in text
+    if about_command and ("not found" in text or "no such file" in text):
+        return NO_COMMAND
+    if about_command and ("permission denied" in text or "is a directory" in text):
+        return NOT_RUNNABLE
+    return OURS
+
+
+@contextlib.contextmanager
+def coded(error_code: int | None = None):  # type: ignore[no-untyped-def] # a context manager without a value
+    """Errors inside leave with docker's exit codes, or with the one given."""
+    try:
+        yield
+    except WherryError as error:
+        error.exit_code = exit_code_of(error) if error_code is None else error_code  # type: ignore[attr-defined]
+        raise
+
+
+async def run(session: Session, args: argparse.Namespace) -> int:
+    """Makes, starts and, unless it is detached, follows a container."""
+    with coded(OURS):
+        if args.rm and args.detach:
+            raise InvalidArgument("flags --detach and --rm can't be used together")
+        client = session.client
+        launched = await create(client, launching.launch(args))
+    try:
+        return await run_task(session, launched, args)
+    finally:
+        if args.rm:
+            await remove(client, launched.container)
+
+
+async def run_task(session: Session, launched: Launched, args: argparse.Namespace) -> int:
+    """Starts a task for a container and follows it; the answer is its exit code (0 when detached)."""
+    client, container = session.client, launched.container
+    process = (container.spec or {}).get("process") or {}
+    tty = bool(process.get("terminal"))
+    fifos, stdio = streams(container.id, args, tty=tty)
+    detached = False
+    try:
+        with coded():
+            pid = await client.tasks.create(container.id, launched.mounts, stdio)
+        try:
+            if args.pid_file:
+                _write_pid(args.pid_file, pid)
+            waiter = None if args.detach else Waiter(client, container.id)
+            with coded():
+                await client.tasks.start(container.id)
+            if waiter is None:
+                detached = True
+                return 0
+            status = follow(session, fifos, waiter, container.id, tty=tty, signals=args.sig_proxy)
+        except BaseException:
+            await kill_task(client, container.id)
+            raise
+        await client.tasks.delete(container.id)
+        return status
+    finally:
+        if fifos is not None:
+            fifos.release() if detached else fifos.close()
+
+
+def streams(process: str, args: argparse.Namespace, *, tty: bool) -> tuple[Fifos | None, Stdio]:
+    """The streams that the options ask for: FIFOs, a log, or none."""
+    if getattr(args, "null_io", False):
+        return None, Stdio(terminal=tty)
+    if args.log_uri:
+        uri = args.log_uri if "://" in args.log_uri else f"file://{os.path.abspath(args.log_uri)}"
+        return None, Stdio("", uri, uri, tty)
+    fifos = Fifos(process, stdin=True, terminal=tty, parent=args.fifo_dir)
+    return fifos, fifos.stdio
+
+
+def follow(
+    session: Session,
+    fifos: Fifos | None,
+    waiter: Waiter,
+    container: str,
+    exec_id: str = "",
+    *,
+    tty: bool,
+    signals: bool = True,
+) -> int:
+    """Copies streams and passes signals on until a process has ended; its exit code."""
+    with (
+        forwarding(session, container, exec_id, active=signals),
+        terminal(session, container, exec_id, active=tty and fifos is not None),
+    ):
+        return Attachment(fifos, waiter, session.client, container, exec_id).run().status
+
+
+async def kill_task(client: Client, container: str) -> None:
+    """Ends a task whatever state it is in; what goes wrong here hides nothing that went wrong before."""
+    with contextlib.suppress(WherryError):
+        try:
+            await client.tasks.delete(container)
+        except FailedPrecondition:
+            waiting = client.tasks.waiting(container)
+            with contextlib.suppress(NotFound):
+                await client.tasks.kill(container, 9, every=True)
+            await waiting.result()
+            await client.tasks.delete(container)
+
+
+def _write_pid(path: str, pid: int) -> None:
+    """Written beside and moved, so that nobody reads half a number."""
+    beside = f"{path}.{os.getpid()}"
+    with open(beside, "w", encoding="ascii") as file:
+        file.write(str(pid))
+    os.rename(beside, path)
+
+
+ABOUT = """run a command in a new container
+
+Unless it is detached, the container's output and input are this command's, signals go to it, and its exit code is
+passed on (125: an error of ours, 126: a command that can't be run, 127: no such command). A detached container whose
+output nobody reads waits when its FIFO is full: use --log-uri or --null-io for one that has much to say."""
+
+COMMANDS = [
+    Command(
+        ("run",),
+        ABOUT,
+        run,
+        _configure,
+        "wherry run --rm -t --memory 256m docker.io/library/alpine:latest box sh",
+    )
+]

@@ -1,0 +1,31 @@
+"""Options for runtimes, as their shims read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wherry.proto import runc_options_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+
+def runc_options(
+    *, binary: str = "", root: str = "", systemd_cgroup: bool = False, no_pivot: bool = False
+) -> runc_options_pb2.Options:
+    """For shims that run an OCI runtime: which one (`binary`, "" is the shim's own choice), its state folder, …"""
+    return runc_options_pb2.Options(
+        binary_name=binary, root=root, systemd_cgroup=systemd_cgroup, no_pivot_root=no_pivot
+    )
+
+
+def config_options(path: str) -> Message:
+    """For shims that are configured by a file (gVisor, Kata)."""
+    from wherry.proto import runtimeoptions_pb2  # noqa: PLC0415 - rare
+
+    return runtimeoptions_pb2.Options(config_path=path)
+
+
+def checkpoint_options(*, leave: bool, images: str = "", work: str = "") -> runc_options_pb2.CheckpointOptions:
+    """For a checkpoint: whether the container runs on (`leave`), and criu's folders."""
+    return runc_options_pb2.CheckpointOptions(exit=not leave, image_path=images, work_path=work)
