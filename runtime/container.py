@@ -90,7 +90,10 @@ class CreateRequest:
 
 
 class ExecRequest:
-    """Parameters of `exec_process`. process: an OCI `process` object (args, env, cwd, user, terminal, capabilities …)."""
+    """Parameters of `exec_process`. process: an OCI `process` object (args, env, cwd, user, terminal, capabilities …).
+
+    sub_cgroups: `[controller:]path` below the container's cgroup, as `runc exec --cgroup` takes them.
+    """
 
     __slots__ = (
         "console_fd",
@@ -102,6 +105,7 @@ class ExecRequest:
         "process",
         "root",
         "stdio",
+        "sub_cgroups",
     )
 
     def __init__(
@@ -116,6 +120,7 @@ class ExecRequest:
         pid_file: str = "",
         preserve_fds: int = 0,
         ignore_paused: bool = False,
+        sub_cgroups: list[str] | None = None,
     ) -> None:
         self.root = root
         self.id = id
@@ -126,6 +131,7 @@ class ExecRequest:
         self.pid_file = pid_file
         self.preserve_fds = preserve_fds
         self.ignore_paused = ignore_paused
+        self.sub_cgroups = sub_cgroups or []
 
 
 def preload() -> None:

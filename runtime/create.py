@@ -208,7 +208,8 @@ def exec_process(request: ExecRequest) -> int:
     try:
         plan.joined = execute.open_namespaces(found)
         plan.kinds = dict.fromkeys(plan.joined, "")
-        plan.cgroup = cgroups.restore(found.cgroup_paths) if found.cgroup_paths else None
+        paths = _sub_cgroups(found.cgroup_paths, request.sub_cgroups)
+        plan.cgroup = cgroups.restore(paths) if paths else None
         plan.cgroup_fd = plan.cgroup.clone_fd() if plan.cgroup else -1
         _open_console(plan, request.console_socket, request.console_fd)
         _compile_seccomp(plan)
@@ -223,3 +224,19 @@ def exec_process(request: ExecRequest) -> int:
         raise ContainerError(make.FAILED_START + _text(error), exit_code=255) from error
     finally:
         _close(plan, request.console_fd)
+
+
+def _sub_cgroups(paths: dict[str, str], wanted: list[str]) -> dict[str, str]:
+    """The container's cgroup directories, with those that `--cgroup` names replaced by ones below them."""
+    chosen = dict(paths)
+    for item in wanted:
+        controllers, colon, below = item.rpartition(":")
+        names = controllers.split(",") if colon else list(paths)
+        for name in names:
+            if name not in paths:
+                raise ContainerError(f"bad --cgroup argument: unknown controller {name}", INVALID)
+            path = os.path.normpath(f"{paths[name]}/{below}")
+            if path != paths[name] and not path.startswith(paths[name] + "/"):
+                raise ContainerError(f"bad --cgroup argument: {below} is not a sub-cgroup path", INVALID)
+            chosen[name] = path
+    return chosen

@@ -1,0 +1,103 @@
+"""The command `wherry-runtime`: runc's command line.
+
+What isn't needed by every command is imported by the one that needs it. Before a container is made the process seals
+its executable (`sealed.py`), which may start it anew: so that comes first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from wherry.runtime import options
+from wherry.runtime.errors import ContainerError
+from wherry.runtime.log import Log
+
+DEFAULT_ROOT = "/run/wherry-runtime"
+
+_ENTERING = ("create", "run", "exec", "restore")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. Errors are logged, never raised."""
+    words = sys.argv[1:] if argv is None else argv
+    log = Log()
+    try:
+        flags, rest = options.parse(words, options.GLOBAL)
+        log = Log(
+            str(flags["log"] or ""), as_json=flags["log-format"] == "json", debug=bool(flags["debug"])
+        )
+        if flags["log-format"] not in ("", "text", "json"):
+            raise ContainerError(f"invalid log-format: {flags['log-format']}")
+        return _dispatch(flags, rest, log)
+    except ContainerError as error:
+        log.error("\n".join([error.message, *getattr(error, "__notes__", ())]))
+        return error.exit_code
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        log.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(flags: dict[str, object], rest: list[str], log: Log) -> int:
+    if flags["version"]:
+        _print_version()
+        return 0
+    command = rest[0] if rest else "help"
+    if flags["help"] or command in ("help", "h"):
+        topic = rest[1] if len(rest) > 1 and rest[1] in options.COMMANDS else ""
+        sys.stdout.write(options.help_text(topic))
+        return 0
+    if command in ("checkpoint", "restore"):
+        raise ContainerError(f"{command} is not supported: it needs criu, which this runtime does not drive")
+    if command not in options.COMMANDS:
+        log.error(f"No help topic for '{command}'")
+        return 3
+    table, fewest, most, _ = options.COMMANDS[command]
+    given, arguments = options.parse(rest[1:], {**table, "help": (options.BOOL, "h", "show help")})
+    if given["help"]:
+        sys.stdout.write(options.help_text(command))
+        return 0
+    _check_count(command, len(arguments), fewest, most)
+    if command in _ENTERING:
+        from wherry.runtime import sealed  # noqa: PLC0415 - see above
+
+        if os.geteuid() == 0:
+            sealed.ensure_sealed()
+    from wherry.runtime import commands  # noqa: PLC0415 - after sealing, which may start this process anew
+
+    root = str(flags["root"] or "") or _default_root()
+    context = commands.Context(root, log, systemd_cgroup=bool(flags["systemd-cgroup"]))
+    return commands.run(command, context, given, arguments)
+
+
+def _check_count(command: str, count: int, fewest: int, most: int) -> None:
+    if count < fewest:
+        raise ContainerError(f'"{command}" requires a minimum of {fewest} argument(s)')
+    if most >= 0 and count > most:
+        wanted = f"exactly {most} argument(s)" if fewest == most else f"a maximum of {most} argument(s)"
+        raise ContainerError(f'"{command}" requires {wanted}')
+
+
+def _default_root() -> str:
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    return f"{folder}/wherry-runtime" if os.geteuid() and folder else DEFAULT_ROOT
+
+
+def _print_version() -> None:
+    from importlib import metadata  # noqa: PLC0415 - for one line
+
+    from wherry.runtime.spec import SPEC_VERSION  # noqa: PLC0415
+
+    try:
+        version = metadata.version("wherry")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    sys.stdout.write(f"wherry-runtime version {version}\nspec: {SPEC_VERSION}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
