@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -123,7 +124,7 @@ class Applier:
             raise Unimplemented(f"unsupported diff media type: {media_type}: not implemented")
         message = {
             "op": "diff",
-            "lower": _listed(lower),
+            "lower": _listed(lower) if lower else [],
             "upper": _listed(upper),
             "compression": compression,
             "epoch": source_date_epoch,
@@ -162,9 +163,7 @@ class Applier:
                     os.close(fd)
                 self._rest()
 
-    async def _job(
-        self, message: dict[str, Any], fd: int, progress: Callable[[int], None] | None
-    ) -> dict[str, Any]:
+    async def _job(self, message: dict[str, Any], fd: int, progress: Callable[[int], None] | None) -> dict[str, Any]:
         job = next(self._ids)
         worker = await self._ready()
         receiving, sending = os.pipe2(os.O_CLOEXEC)
@@ -265,7 +264,9 @@ class _Worker:
             except OSError as error:
                 if isinstance(error, ConnectionError):
                     raise Unavailable("the process that handles layers ended unexpectedly") from error
-                raise InvalidArgument(f"the mounts can't be sent to the process that handles layers: {error}") from error
+                raise InvalidArgument(
+                    f"the mounts can't be sent to the process that handles layers: {error}"
+                ) from error
 
     def retire(self) -> None:
         """It exits at the end of the socket; asyncio reaps it."""
@@ -273,10 +274,8 @@ class _Worker:
 
     def kill(self) -> None:
         """Now, with its children (they die with their parent)."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        except ProcessLookupError:
-            pass
 
     async def close(self) -> None:
         self._control.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 
 from wherry.core.errors import InvalidArgument
 from wherry.snapshotter import tar
@@ -327,10 +328,8 @@ class LayerApplier:
         if self._root.overlay:
             self._overlay_whiteout(parent, target, name)
         elif self._made is not None:
-            try:
+            with suppress(FileNotFoundError, NotADirectoryError):
                 self._take_away(name)
-            except (FileNotFoundError, NotADirectoryError):
-                pass
 
     def _overlay_whiteout(self, parent: bytes, target: bytes, name: bytes) -> None:
         fd = self._directory(parent)
@@ -386,10 +385,8 @@ class LayerApplier:
             finally:
                 os.close(root)
         for name, times in self._times.items():
-            try:
+            with suppress(FileNotFoundError, NotADirectoryError):  # a later member took the place of a parent
                 os.utime(name, ns=times, follow_symlinks=False)
-            except (FileNotFoundError, NotADirectoryError):
-                pass  # a later member took the place of one of its parents
 
 
 def _times(member: Member) -> tuple[int, int]:

@@ -17,7 +17,6 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WherryError
 from wherry.linux.mounts import Mount, mountinfo, unmount_all

@@ -72,7 +72,7 @@ def record_implied(upper: str, paths: Sequence[bytes]) -> None:
 
 
 def adopt_implied(upper: str, layers: Sequence[str]) -> None:
-    """Do what was put off when the layer at `upper` was applied; `layers` are its parents, the nearest first. OSError."""
+    """What was put off when the layer at `upper` was applied; `layers` are its parents, the nearest first. OSError."""
     try:
         with open(_list_of(upper), "rb") as file:
             paths = file.read().split(b"\0")

@@ -85,8 +85,8 @@ class Metadata:
         if version > SCHEMA_VERSION:
             self._db.close()
             raise FailedPrecondition(
-                f"snapshots' metadata at {self._path} has schema {version}, made by a newer Wherry; this one knows up to"
-                f" {SCHEMA_VERSION}"
+                f"snapshots' metadata at {self._path} has schema {version}, made by a newer Wherry;"
+                f" this one knows up to {SCHEMA_VERSION}"
             )
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
@@ -258,9 +258,7 @@ class Metadata:
                 raise InvalidArgument(f'cannot update "{path}" field on snapshot "{info.name}": invalid argument')
         labels = _set_labels(labels)
         now = time.time_ns()
-        self._db.execute(
-            "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?", (_dump(labels), now, record.id)
-        )
+        self._db.execute("UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?", (_dump(labels), now, record.id))
         old = record.info
         return Record(
             record.id, Info(old.kind, old.name, old.parent, labels, old.created, now), record.usage, record.parent_id
@@ -270,7 +268,9 @@ class Metadata:
 def _record(row: _Row) -> Record:
     number, name, kind, labels, created, updated, inodes, size, parent_id, parent = row
     stored: dict[str, str] = json.loads(labels) if labels else {}
-    return Record(number, Info(Kind(kind), name, parent or "", stored, created, updated), Usage(inodes, size), parent_id)
+    return Record(
+        number, Info(Kind(kind), name, parent or "", stored, created, updated), Usage(inodes, size), parent_id
+    )
 
 
 def _set_labels(labels: Mapping[str, str]) -> dict[str, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from wherry.core.errors import Unimplemented
 from wherry.linux.mounts import Mount
-#from wherry.snapshotter.copying import copy_tree
+from wherry.snapshotter.copying import copy_tree
 from wherry.snapshotter.directories import DirectorySnapshotter
 from wherry.snapshotter.interface import Kind
 from wherry.snapshotter.metadata import Record
@@ -30,3 +31,9 @@ class NativeSnapshotter(DirectorySnapshotter):
         writable = record.info.kind is Kind.ACTIVE
         number = chain[0] if chain and not writable else record.id
         return [Mount("bind", self.content(number), options=("rw" if writable else "ro", "rbind"))]
+
+    def _commit_on(self, record: Record, parent: Record) -> None:
+        raise Unimplemented(
+            f'snapshot "{record.info.name}" was prepared without a parent: a full copy can\'t be set on'
+            f' "{parent.info.name}" at its commit: not implemented'
+        )

@@ -53,12 +53,7 @@ def merge(member: Member, records: dict[bytes, bytes]) -> None:
     """Put the records into the member; an empty value takes the header's field as it is. ValueError."""
     for key, value in records.items():
         if key.startswith(XATTR):
-            if member.xattrs is None:
-                member.xattrs = {}
-            name = key[len(XATTR) :]
-            if not name or b"\0" in name:
-                raise ValueError("an extended attribute without a name")
-            member.xattrs[name.decode("utf-8", "surrogateescape")] = value
+            _attribute(member, key[len(XATTR) :], value)
         elif not value:
             continue
         elif key == b"path":
@@ -75,6 +70,14 @@ def merge(member: Member, records: dict[bytes, bytes]) -> None:
             member.mtime = nanoseconds(value)
         elif key == b"atime":
             member.atime = nanoseconds(value)
+
+
+def _attribute(member: Member, name: bytes, value: bytes) -> None:
+    if not name or b"\0" in name:
+        raise ValueError("an extended attribute without a name")
+    if member.xattrs is None:
+        member.xattrs = {}
+    member.xattrs[name.decode("utf-8", "surrogateescape")] = value
 
 
 def integer(value: bytes) -> int:

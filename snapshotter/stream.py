@@ -12,6 +12,8 @@ import queue
 import select
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from typing import IO, cast
 
 from isal import igzip_lib
 
@@ -26,6 +28,10 @@ ZSTD_WINDOW = 1 << 27
 
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+
+
+# its stub says that the error is a variable
+_GZIP_ERROR = cast("type[Exception]", igzip_lib.IsalError)
 
 
 class Stream:
@@ -97,10 +103,8 @@ class _Source:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._head = b""
-        try:
+        with suppress(OSError):  # a pipe
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        except OSError:
-            pass  # a pipe
 
     def peek(self, size: int) -> bytes:
         while len(self._head) < size and (data := self._read()):
@@ -141,7 +145,7 @@ def _gunzip(read: Callable[[], bytes]) -> Iterator[bytes]:
                 data = data.lstrip(b"\0")
             if data and len(data) < 18:  # shorter than the shortest member: its header may be cut by a read
                 data += read()
-    except (igzip_lib.IsalError, EOFError) as error:
+    except (_GZIP_ERROR, EOFError) as error:
         raise InvalidArgument(f"gzip: invalid stream: {error}: invalid argument") from error
 
 
@@ -159,7 +163,8 @@ def _unzstd(read: Callable[[], bytes]) -> Iterator[bytes]:
 
     try:
         decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-        reader = decompressor.stream_reader(Watched(), read_size=READ, read_across_frames=True, closefd=False)
+        source = cast("IO[bytes]", Watched())  # it needs no more of a file than `read`
+        reader = decompressor.stream_reader(source, read_size=READ, read_across_frames=True, closefd=False)
         while chunk := reader.read(CHUNK):
             yield chunk
     except zstandard.ZstdError as error:

@@ -142,8 +142,7 @@ class TarReader:
                 if not self._next_chunk():
                     raise self._cut()
                 continue
-            if room > left:
-                room = left
+            room = min(room, left)
             written = os.write(fd, self._view[at : at + room])
             self._at = at + written
             left -= written

@@ -26,6 +26,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from wherry.core.errors import (
@@ -161,10 +162,10 @@ def explain(error: OSError) -> WherryError:
 
 
 def _tell(result: int, answer: dict[str, Any]) -> None:
-    try:
-        os.write(result, json.dumps(answer).encode() + b"\n")
-    except BrokenPipeError:
-        pass  # nobody waits any more
+    data = memoryview(json.dumps(answer).encode() + b"\n")
+    with suppress(BrokenPipeError):  # nobody waits any more
+        while data:
+            data = data[os.write(result, data) :]
 
 
 def mounts_of(listed: list[list[Any]]) -> list[Mount]:
