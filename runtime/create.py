@@ -133,6 +133,8 @@ def _open_files(plan: Plan, request: CreateRequest) -> None:
     plan.failure = os.open(plan.state.failure, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     _open_console(plan, request.console_socket, request.console_fd)
     _compile_seccomp(plan)
+    if any("tmpcopyup" in (item.get("options") or ()) for item in plan.spec.get("mounts") or ()):
+        from wherry.runtime import copyup  # noqa: F401, PLC0415 - as above
 
 
 def _open_console(plan: Plan, path: str, fd: int) -> None:
@@ -140,9 +142,9 @@ def _open_console(plan: Plan, path: str, fd: int) -> None:
         if path:
             raise ContainerError("cannot use console socket if runc will not detach or allocate tty", INVALID)
         return
-    if path:
-        from wherry.runtime import console  # noqa: PLC0415
+    from wherry.runtime import console  # noqa: PLC0415 - here, because in the container there is nothing to import
 
+    if path:
         plan.console = console.connect(path)
     elif fd >= 0:
         plan.console = fd
