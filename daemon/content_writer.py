@@ -180,6 +180,11 @@ class ContentWriter:
                 self._fd = -1
             self._store.unlock(self)
 
+    async def discard(self) -> None:
+        """Close, and throw the upload away: nobody is going to go on with it."""
+        self._discard = True
+        await self.close()
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -64,12 +64,18 @@ class Differ:
         media_type = media_type or DEFAULT_LAYER
         ref = ref or f"diff-{secrets.token_hex(8)}"
         async with await self._content.writer(namespace, ref, lease=lease) as writer:
-            await writer.truncate()
-            made = await self._applier.diff(lower, upper, media_type, writer.path, source_date_epoch=source_date_epoch)
-            # hashed again: a blob is in the store only when what is on disk has its digest
-            await writer.adopt()
-            wanted = {**(labels or {}), UNCOMPRESSED: made.diff_id}
-            await self._content.commit_or_label(writer, made.size, made.digest, wanted)
+            try:
+                await writer.truncate()
+                made = await self._applier.diff(
+                    lower, upper, media_type, writer.path, source_date_epoch=source_date_epoch
+                )
+                # hashed again: a blob is in the store only when what is on disk has its digest
+                await writer.adopt()
+                wanted = {**(labels or {}), UNCOMPRESSED: made.diff_id}
+                await self._content.commit_or_label(writer, made.size, made.digest, wanted)
+            except BaseException:
+                await writer.discard()
+                raise
         return types_pb2.Descriptor(media_type=made.media_type, digest=made.digest, size=made.size)
 
 

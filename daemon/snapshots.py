@@ -211,8 +211,7 @@ class SnapshotStore:
         backend = self._backend(snapshotter)
         matches = compile_filters(filters)
         query = (
-            "SELECT backend, record FROM snapshots "
-            "WHERE namespace = ? AND snapshotter = ? AND origin = '' ORDER BY key"
+            "SELECT backend, record FROM snapshots WHERE namespace = ? AND snapshotter = ? AND origin = '' ORDER BY key"
         )
         rows = await self._metadata.rows(query, (namespace, snapshotter))
 

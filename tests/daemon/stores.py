@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,3 +157,15 @@ def container(id: str, **fields: object) -> containers_pb2.Container:  # noqa: A
     made.spec.type_url = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
     made.spec.value = b"{}"
     return made
+
+
+def killed(script: str, *args: str, lines: int) -> list[str]:
+    """Run a script, SIGKILL it in the middle of its work after that many lines; all whole lines that it printed."""
+    process = subprocess.Popen([sys.executable, "-c", script, *args], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as output:
+        printed = [output.readline() for _ in range(lines)]
+        process.send_signal(signal.SIGKILL)
+        printed += output.readlines()
+    process.wait()
+    return [line.rstrip("\n") for line in printed if line.endswith("\n")]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from tests.daemon.stores import NS, Stores, call, digest_of, stores
+from tests.daemon.stores import NS, Stores, call, digest_of, killed, stores
 from wherry.core.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -30,7 +28,9 @@ from wherry.proto import content_pb2 as pb
 DATA = os.urandom(3 << 20) + b"tail"
 
 
-async def write(all_: Stores, requests: Iterable[pb.WriteContentRequest], namespace: str | None = NS) -> list[pb.WriteContentResponse]:
+async def write(
+    all_: Stores, requests: Iterable[pb.WriteContentRequest], namespace: str | None = NS
+) -> list[pb.WriteContentResponse]:
     async def stream() -> AsyncIterator[pb.WriteContentRequest]:
         for request in requests:
             yield request
@@ -205,7 +205,7 @@ async def test_what_is_there_already_exists(tmp_path: Path) -> None:
         info = await all_.content.put(NS, "a", b"data")
         with pytest.raises(AlreadyExists, match=f"content {info.digest}: already exists"):
             await all_.content.writer(NS, "b", expected=info.digest)
-        with pytest.raises(AlreadyExists, match="blob with expected digest .* exists"):
+        with pytest.raises(AlreadyExists, match=r"blob with expected digest .* exists"):
             await write(
                 all_,
                 [
@@ -350,7 +350,13 @@ async def test_a_ref_is_any_text_and_no_path(tmp_path: Path, ref: str) -> None:
         async with await all_.content.writer(NS, ref) as writer:
             await writer.write(b"abc")
         assert (await all_.content.status(NS, ref)).offset == 3
-        assert sorted(os.listdir(tmp_path)) == ["content", "metadata.db", "metadata.db-shm", "metadata.db-wal", "snapshotter"]
+        assert sorted(os.listdir(tmp_path)) == [
+            "content",
+            "metadata.db",
+            "metadata.db-shm",
+            "metadata.db-wal",
+            "snapshotter",
+        ]
         assert os.listdir(tmp_path / "content" / "ingest") == [str(writer.id)]
 
 
@@ -375,27 +381,36 @@ async def test_two_commits_and_a_removal_of_one_blob_at_once(tmp_path: Path) -> 
             data = b"%d" % number
             await all_.content.put("a", "r", data)
             await asyncio.gather(
-                all_.content.put("b", "r", data), all_.content.put("c", "r", data), all_.content.delete("a", digest_of(data))
+                all_.content.put("b", "r", data),
+                all_.content.put("c", "r", data),
+                all_.content.delete("a", digest_of(data)),
             )
             for namespace in ("b", "c"):
                 assert await all_.content.read_all(namespace, digest_of(data)) == data
                 assert all_.blob(digest_of(data)).exists()
 
 
-async def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], check=True)
-    try:
-        async with stores(tmp_path) as all_:
-            with pytest.raises(ResourceExhausted, match="no space left on device"):
-                async with await all_.content.writer(NS, "big", total=8 << 20) as writer:
-                    for _ in range(8):
-                        await writer.write(os.urandom(1 << 20))
-                    await writer.commit(8 << 20)
-            assert os.listdir(tmp_path / "content" / "ingest") == []
-            assert await all_.content.list_statuses(NS) == []
-            assert (await all_.content.put(NS, "small", b"fits")).size == 4
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+async def test_a_full_disk_is_said_and_leaves_nothing(small_disk: Path) -> None:
+    async with stores(small_disk) as all_:
+
+        async def upload() -> None:
+            async with await all_.content.writer(NS, "big", total=8 << 20) as writer:
+                for _ in range(8):
+                    await writer.write(os.urandom(1 << 20))
+                await writer.commit(8 << 20)
+
+        with pytest.raises(ResourceExhausted, match="no space left on device"):
+            await upload()
+        assert os.listdir(small_disk / "content" / "ingest") == []
+        assert await all_.content.list_statuses(NS) == []
+        assert (await all_.content.put(NS, "small", b"fits")).size == 4
 
 
 async def test_the_start_makes_files_and_records_agree(tmp_path: Path) -> None:
@@ -443,17 +458,7 @@ async def test_a_kill_in_the_middle_leaves_no_record_without_its_file(tmp_path: 
     root = tmp_path
     answered: set[str] = set()
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(root)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for number, line in enumerate(process.stdout):
-            answered.add(line.strip())
-            if number >= 20:
-                break
-        process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read()
-        answered |= {line for line in rest.split("\n")[:-1] if len(line) == 71}
-        process.wait()
-        process.stdout.close()
+        answered |= set(killed(KILLED, str(root), lines=20))
         metadata = await Metadata.open(str(root / "metadata.db"))
         recorded = {row[0] for row in await metadata.rows("SELECT digest FROM blobs")}
         await metadata.close()

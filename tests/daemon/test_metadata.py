@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.daemon.stores import killed
 from wherry.core.errors import FailedPrecondition, Internal, NotFound, ResourceExhausted, Unavailable
 from wherry.daemon.metadata import Metadata
 from wherry.daemon.metadata_schema import MIGRATIONS
@@ -169,23 +167,10 @@ asyncio.run(main())
 
 async def test_a_kill_between_writes_loses_nothing_that_was_answered(tmp_path: Path) -> None:
     path = str(tmp_path / "m.db")
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED.replace("n{number", f"r{_}-{{number"), path], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        answered = -1
-        for line in process.stdout:
-            answered = int(line)
-            if answered >= 150:
-                break
-        process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read().split()
-        process.wait()
-        process.stdout.close()
-        answered = int(rest[-1]) if rest else answered
+    for turn in range(3):
+        answered = killed(KILLED.replace("n{number", f"r{turn}-{{number"), path, lines=150)
         metadata = await Metadata.open(path)
-        found = {name for name in names(metadata) if name.startswith(f"r{_}-")}
-        assert {f"r{_}-{number:06}" for number in range(answered + 1)} <= found
+        found = {name for name in names(metadata) if name.startswith(f"r{turn}-")}
+        assert {f"r{turn}-{int(number):06}" for number in answered} <= found
         assert await metadata.rows("PRAGMA integrity_check") == [("ok",)]
         await metadata.close()
