@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
+from wherry.cli import startup
 from wherry.cli.terminal import raw, window
 from wherry.client.blocking import drive
 from wherry.core.errors import NotFound, Unavailable, WherryError
@@ -113,6 +114,7 @@ class Attachment:
 
     def run(self) -> Exit:
         """Copies until the process has ended and all of its output was passed on."""
+        startup.settle()
         self._open()
         exit_: Exit | None = None
         heard = time.monotonic()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
+from wherry.cli import startup
 from wherry.core.errors import WherryError
 
 if TYPE_CHECKING:
@@ -86,15 +87,22 @@ class Usage(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Exit codes: 2 for wrong usage, else what the command says; 1 for its errors."""
+    program = argv is None
+    if program:
+        startup.prepare()
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
         # who read our output has enough of it (`wherry ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        code = 141
     except KeyboardInterrupt:
-        return 130
+        code = 130
+    if program:
+        # taking the interpreter apart takes longer than many a command; nothing here needs it
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

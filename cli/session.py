@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from wherry.client.address import connect_blocking, default_address, default_namespace
@@ -18,21 +17,21 @@ class NoDaemon(Unavailable):
     """Nobody answers at the address; its text says how to start somebody."""
 
 
-@dataclass(slots=True)
 class Session:
     """The global options (times in seconds, 0 is no limit), and the client that they lead to."""
 
-    address: str = field(default_factory=default_address)
-    namespace: str = field(default_factory=default_namespace)
-    timeout: float = 0.0
-    connect_timeout: float = 10.0
-    debug: bool = False
-    embedded: bool = False
-    root: str = ""
-    state: str = ""
-    _started: float = field(default_factory=time.monotonic)
-    _client: Client | None = None
-    _daemon: Embedded | None = None
+    def __init__(self) -> None:
+        self.address = default_address()
+        self.namespace = default_namespace()
+        self.timeout = 0.0
+        self.connect_timeout = 10.0
+        self.debug = False
+        self.embedded = False
+        self.root = ""
+        self.state = ""
+        self._started = time.monotonic()
+        self._client: Client | None = None
+        self._daemon: Embedded | None = None
 
     @property
     def client(self) -> Client:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from wherry.cli.session import Session
 
@@ -16,8 +16,7 @@ def nothing(parser: argparse.ArgumentParser) -> None:
     """For commands without options."""
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """One command. `names` are its name and its aliases, `run` answers with the exit code (None is 0)."""
 
     names: tuple[str, ...]

@@ -11,9 +11,8 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from io import BytesIO
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from wherry.client.images import Image
 from wherry.client.manifests import picture, walk
@@ -43,17 +42,17 @@ CHUNK = 1 << 20
 MAX_DOCUMENT = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Naming:
+class Naming(NamedTuple):
     """How images of an archive get their names.
 
     `base` completes names that are tags only (`v1` becomes `BASE:v1`), and keeps out whole names that don't start with
-    it. `digests` adds a name by digest for each image.
+    it. `digests` adds a name by digest for each image; `index_name` is for the
+    archive's whole index.
     """
 
     base: str = ""
     digests: bool = False
-    index: str = ""
+    index_name: str = ""
 
     def names(self, descriptor: Descriptor) -> list[str]:
         """The names for an image of an archive; none where it has none."""
@@ -95,14 +94,14 @@ async def load(client: Client, source: IO[bytes], naming: Naming | None = None) 
 
 async def _name(client: Client, found: list[Descriptor], naming: Naming) -> list[Image]:
     images = []
-    if naming.index:
+    if naming.index_name:
         document = {
             "schemaVersion": 2,
             "mediaType": OCI_INDEX,
             "manifests": [descriptor.to_json() for descriptor in found],
         }
         index = await _store(client.content, json.dumps(document).encode(), OCI_INDEX)
-        images.append(await client.images.put(Image(naming.index, index)))
+        images.append(await client.images.put(Image(naming.index_name, index)))
     for descriptor in found:
         plain = Descriptor(descriptor.media_type, descriptor.digest, descriptor.size)
         images += [await client.images.put(Image(name, plain)) for name in naming.names(descriptor)]

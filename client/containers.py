@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -18,13 +18,12 @@ from wherry.proto import containers_pb2 as pb
 _SERVICE = "containerd.services.containers.v1.Containers"
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
+class Container(NamedTuple):
     """A container's record. `spec` is the OCI runtime specification, decoded; None where it is no JSON."""
 
     id: str
     image: str = ""
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = MappingProxyType({})
     runtime: str = ""
     runtime_options: Packed | None = None
     spec: Mapping[str, Any] | None = None
@@ -33,7 +32,7 @@ class Container:
     sandbox: str = ""
     created_at: float = 0.0
     updated_at: float = 0.0
-    extensions: Mapping[str, Packed] = field(default_factory=dict)
+    extensions: Mapping[str, Packed] = MappingProxyType({})
 
 
 def _spec(packed: Packed) -> Mapping[str, Any] | None:

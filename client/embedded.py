@@ -1,7 +1,7 @@
 """A `wherryd` of one's own: started for a program or a command, stopped with it.
 
-It has folders of its own, so that it disturbs no other; its containers' shims outlive it, and the next one over the same
-folders finds them.
+It has folders of its own, so that it disturbs no other; its containers' shims outlive it, and the next one over the
+same folders finds them.
 """
 
 from __future__ import annotations

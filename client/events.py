@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -20,8 +19,7 @@ from wherry.proto import events_service_pb2 as pb
 _SERVICE = "containerd.services.events.v1.Events"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """Something that happened: when, in which namespace, under which topic (`/tasks/exit`), and what."""
 
     at: float

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -16,13 +17,12 @@ from wherry.proto import images_pb2 as pb
 _SERVICE = "containerd.services.images.v1.Images"
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(NamedTuple):
     """A name and what it stands for: an index or a manifest."""
 
     name: str
     target: Descriptor
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = MappingProxyType({})
     created_at: float = 0.0
     updated_at: float = 0.0
 

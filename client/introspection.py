@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -15,16 +16,14 @@ from wherry.proto import version_pb2
 _SERVICE = "containerd.services.introspection.v1.Introspection"
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
+class Version(NamedTuple):
     """A daemon's version and the revision that it was built from."""
 
     version: str
     revision: str
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
+class Server(NamedTuple):
     """Which daemon answers: an id that survives restarts, its pid, its pid namespace's inode number."""
 
     uuid: str
@@ -32,15 +31,14 @@ class Server:
     pidns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Plugin:
+class Plugin(NamedTuple):
     """A part of the daemon. `error` is empty for one that works."""
 
     type: str
     id: str
     platforms: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
-    exports: Mapping[str, str] = field(default_factory=dict)
+    exports: Mapping[str, str] = MappingProxyType({})
     capabilities: tuple[str, ...] = ()
     error: str = ""
     skipped: bool = False
@@ -63,7 +61,8 @@ def _parse(message: pb.Plugin) -> Plugin:
         exports=dict(message.exports),
         capabilities=tuple(message.capabilities),
         error=(message.init_err.message or "error") if message.HasField("init_err") else "",
-        skipped=message.init_err.code == Code.UNIMPLEMENTED,
+        # containerd tells it by the text alone: its plugins that aren't for this host say "skip plugin"
+        skipped=message.init_err.code == Code.UNIMPLEMENTED or "skip plugin" in message.init_err.message,
     )
 
 

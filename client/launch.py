@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wherry.client import users
 from wherry.client.containers import Container
@@ -30,8 +30,7 @@ RUNTIME = "io.containerd.runc.v2"
 STOP_SIGNAL = "io.containerd.image.config.stop-signal"
 
 
-@dataclass(slots=True)
-class Launch:
+class Launch(NamedTuple):
     """What to make.
 
     `image` is the image's full name; "" with `spec.rootfs`, a folder of the host that is no snapshot. `document` is a
@@ -40,19 +39,18 @@ class Launch:
 
     id: str
     image: str = ""
-    spec: SpecOptions = field(default_factory=SpecOptions)
+    spec: SpecOptions = SpecOptions()
     document: Mapping[str, Any] | None = None
     user: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = MappingProxyType({})
     snapshotter: str = ""
-    snapshot_labels: Mapping[str, str] = field(default_factory=dict)
+    snapshot_labels: Mapping[str, str] = MappingProxyType({})
     runtime: str = RUNTIME
     runtime_options: Message | None = None
     platform: Platform | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
+class Launched(NamedTuple):
     """A container and the mounts of its root; none where the root is a folder of the host."""
 
     container: Container

@@ -6,7 +6,8 @@ import builtins
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -18,17 +19,15 @@ from wherry.proto import leases_pb2 as pb
 _SERVICE = "containerd.services.leases.v1.Leases"
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """A lease; what it holds is asked for with `Leases.resources`."""
 
     id: str
     created_at: float = 0.0
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Resource:
+class Resource(NamedTuple):
     """What a lease holds: `type` is `content`, `snapshots/NAME` or `ingests`, `id` its digest, key or ref."""
 
     id: str

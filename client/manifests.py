@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wherry.core import platforms
 from wherry.core.descriptor import Descriptor
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 DEPTH = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(NamedTuple):
     """An image for one platform: its manifest, its configuration (OCI image-spec, config.md) and its layers."""
 
     manifest: Descriptor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -16,20 +17,18 @@ _SERVICE = "containerd.services.snapshots.v1.Snapshots"
 KINDS = {pb.UNKNOWN: "Unknown", pb.VIEW: "View", pb.ACTIVE: "Active", pb.COMMITTED: "Committed"}
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A snapshot's record. `kind` is `View`, `Active` or `Committed`."""
 
     name: str
     parent: str
     kind: str
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = MappingProxyType({})
     created_at: float = 0.0
     updated_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What a snapshot itself uses, without its parents: bytes on disk and inodes."""
 
     size: int

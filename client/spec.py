@@ -10,8 +10,8 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from wherry.client.spec_defaults import PATH, capabilities, default_spec
 from wherry.core.errors import InvalidArgument
@@ -21,8 +21,7 @@ CPU_PERIOD = 100_000
 ALL_DEVICES: list[dict[str, Any]] = [{"allow": True, "access": "rwm"}]
 
 
-@dataclass(slots=True)
-class SpecOptions:
+class SpecOptions(NamedTuple):
     """What a user may ask for; the defaults change nothing.
 
     `args` replaces the image's command and entrypoint. `cgroup` None keeps the default path, "" leaves the cgroup out.
@@ -41,7 +40,7 @@ class SpecOptions:
     allow_new_privs: bool = False
     mounts: Sequence[Mapping[str, Any]] = ()
     namespaces: Sequence[tuple[str, str]] = ()
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = MappingProxyType({})
     cap_add: Sequence[str] = ()
     cap_drop: Sequence[str] = ()
     devices: Sequence[str] = ()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -22,8 +21,7 @@ _SERVICE = "containerd.services.tasks.v1.Tasks"
 STATUSES = {value: name for name, value in task_types_pb2.Status.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Stdio:
+class Stdio(NamedTuple):
     """Where a process' streams go: paths of FIFOs, URIs (`file://`, `binary://`), or nothing."""
 
     stdin: str = ""
@@ -32,8 +30,7 @@ class Stdio:
     terminal: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(NamedTuple):
     """A process: `status` is `CREATED`, `RUNNING`, `STOPPED`, `PAUSED`, `PAUSING` or `UNKNOWN`."""
 
     container_id: str
@@ -45,8 +42,7 @@ class Process:
     exited_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(NamedTuple):
     """How a process ended: its exit code (128 + N after signal N), and when."""
 
     status: int
@@ -54,8 +50,7 @@ class Exit:
     pid: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Metrics:
+class Metrics(NamedTuple):
     """One sample of a task's cgroup; `data` is the message of the cgroup's version (`io.containerd.cgroups.v1|v2`)."""
 
     id: str

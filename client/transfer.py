@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -23,8 +23,7 @@ _SERVICE = "containerd.services.transfer.v1.Transfer"
 _STREAM = "containerd.services.streaming.v1.Streaming/Stream"
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """How far one thing is: `event` (`downloading`, `complete`, `exists` …), its `name`, bytes of `total`."""
 
     event: str
@@ -34,8 +33,7 @@ class Progress:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class Registry:
+class Registry(NamedTuple):
     """A registry as source or destination. `user` is `name:password`, `scheme` `http`, or "" for the rule of hosts."""
 
     reference: str

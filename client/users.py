@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from wherry.client.values import Mount
 from wherry.core.errors import InvalidArgument
@@ -19,8 +19,7 @@ MAX_FILE = 4 << 20
 Reader = Callable[[str], str]
 
 
-@dataclass(frozen=True, slots=True)
-class User:
+class User(NamedTuple):
     """Numbers for `process.user`; `groups` holds the primary one too, as containerd writes it."""
 
     uid: int

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from urllib.parse import unquote
 
 from wherry.core.errors import InvalidArgument
 from wherry.core.names import quote
@@ -87,6 +86,9 @@ def parse(specifier: str) -> Platform:
     """Read a specifier; what it leaves out is taken from the host. Raises InvalidArgument."""
     if "*" in specifier:
         raise InvalidArgument(f"{quote(specifier)}: wildcards not yet supported: invalid argument")
+    # loaded late: the command line reads platforms, and must start fast
+    from urllib.parse import unquote  # noqa: PLC0415
+
     parts = specifier.split("/", 3)
     match = _OS.fullmatch(parts[0])
     if match is None:
