@@ -1,7 +1,7 @@
 """Streams that a client opens and another call then uses by id: `containerd.services.streaming.v1`.
 
-A client opens a stream with `StreamInit`, is told by an `Empty` that it is known, and names its id in a transfer. Over it
-go objects (progress, questions for credentials) or bytes: `Data`, as many as the receiver allowed by `WindowUpdate`.
+A client opens a stream with `StreamInit`, is told by an `Empty` that it is known, and names its id in a transfer. Over
+it go objects (progress, questions for credentials) or bytes: `Data`, as many as the receiver allowed by `WindowUpdate`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class Stream:
         self._room = asyncio.Event()
         self._room.set()
         self.closed = False
+        # the client sends no more, though it may listen on; it is gone altogether
+        self.ended = False
         self.gone = False
 
     async def receive(self) -> Any | None:
         """The next object from the client; None when it sends no more."""
-        if self.gone and self._inbox.empty():
+        if self.ended and self._inbox.empty():
             return None
         return await self._inbox.get()
 
@@ -79,12 +81,17 @@ class Stream:
             async for packed in requests:
                 await self._inbox.put(packed)
         finally:
-            self.leave()
+            self._end()
 
     def leave(self) -> None:
-        """The client sends no more; for the service."""
+        """The client is gone; for the service."""
         self.gone = True
         self._room.set()
+        self._changed.set()
+        self._end()
+
+    def _end(self) -> None:
+        self.ended = True
         with contextlib.suppress(asyncio.QueueFull):
             self._inbox.put_nowait(None)
 
@@ -95,7 +102,7 @@ class Stream:
                 packed = self._outbox.popleft()
                 self._room.set()
                 yield packed
-            if self.closed:
+            if self.closed or self.gone:
                 return
             self._changed.clear()
             await self._changed.wait()

@@ -1,0 +1,300 @@
+"""Images from one kind of place to another, moved by the daemon: `containerd.services.transfer.v1`.
+
+Registry to image store (pull), back (push), archive to image store (import), back (export), one name to another (tag).
+Events and rules are those of containerd's `core/transfer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from wherry.core import mediatypes, reference, typeurl
+from wherry.core.descriptor import Descriptor
+from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
+from wherry.core.labels import GC_EXPIRE
+from wherry.core.platforms import host
+from wherry.daemon.config import Transfer as Options
+from wherry.daemon.content import ContentStore
+from wherry.daemon.images import ImageStore
+from wherry.daemon.leases import LeaseStore
+from wherry.daemon.namespaces import require_namespace
+from wherry.daemon.snapshots import SnapshotStore
+from wherry.daemon.streaming import ByteSender, StreamManager, receive_bytes
+from wherry.daemon.transfer_image import Selection, from_proto, platform_from_proto, to_proto
+from wherry.daemon.transfer_progress import Progress
+from wherry.daemon.transfer_pull import Tree, Unpack, Wanted
+from wherry.daemon.transfer_unpack import Unpacker
+from wherry.proto import images_pb2, transfer_pb2
+from wherry.proto import transfer_types_pb2 as types
+from wherry.proto.service import Context
+from wherry.snapshotter.applier import Applier
+
+if TYPE_CHECKING:
+    from wherry.registry.resolver import Resolver
+
+# hours that a transfer's lease stays when the daemon dies in it
+LEASE_HOURS = 24
+
+T = TypeVar("T", bound=Message)
+Handler = Callable[["_Call", Message, Message], Awaitable[None]]
+
+
+class _Call:
+    """What belongs to one transfer."""
+
+    def __init__(self, namespace: str, lease: str, progress: Progress) -> None:
+        self.namespace = namespace
+        self.lease = lease
+        self.progress = progress
+
+
+class TransferService:
+    """containerd.services.transfer.v1."""
+
+    SERVICE = "containerd.services.transfer.v1.Transfer"
+
+    def __init__(
+        self,
+        *,
+        content: ContentStore,
+        images: ImageStore,
+        leases: LeaseStore,
+        snapshots: SnapshotStore,
+        applier: Applier,
+        streams: StreamManager,
+        options: Options | None = None,
+        default_snapshotter: str = "overlayfs",
+    ) -> None:
+        self._content = content
+        self._images = images
+        self._leases = leases
+        self._snapshots = snapshots
+        self._streams = streams
+        self._options = options or Options()
+        self._default_snapshotter = default_snapshotter
+        self._unpacker = Unpacker(content, snapshots, applier)
+        self._downloads = asyncio.Semaphore(max(1, self._options.max_concurrent_downloads))
+        self._uploads = asyncio.Semaphore(max(1, self._options.max_concurrent_uploaded_layers))
+        self._handlers: dict[tuple[type[Message], type[Message]], Handler] = {
+            (types.OCIRegistry, types.ImageStore): self._pull,
+            (types.ImageStore, types.OCIRegistry): self._push,
+            (types.ImageImportStream, types.ImageStore): self._import,
+            (types.ImageStore, types.ImageExportStream): self._export,
+            (types.ImageStore, types.ImageStore): self._tag,
+        }
+
+    async def transfer(self, request: transfer_pb2.TransferRequest, context: Context) -> Empty:
+        """Do one transfer; returns when it is done. Raises Unimplemented for a pair of ends that isn't known."""
+        namespace = require_namespace(context)
+        source, destination = typeurl.unpack(request.source), typeurl.unpack(request.destination)
+        handler = self._handlers.get((type(source), type(destination)))
+        if handler is None:
+            names = f"{source.DESCRIPTOR.full_name} to {destination.DESCRIPTOR.full_name}"
+            raise Unimplemented(f"transfer from {names} is not supported: not implemented")
+        name = request.options.progress_stream
+        stream = self._streams.get(namespace, name) if name else None
+        progress = Progress(stream)
+        try:
+            async with self._lease(namespace, context.lease) as lease, progress.ticking():
+                await handler(_Call(namespace, lease, progress), source, destination)
+        finally:
+            if stream is not None:
+                stream.close()
+        return Empty()
+
+    @contextlib.asynccontextmanager
+    async def _lease(self, namespace: str, lease: str | None) -> AsyncIterator[str]:
+        """The caller's lease, or one for the time of the transfer."""
+        if lease:
+            yield lease
+            return
+        expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=LEASE_HOURS)
+        labels = {GC_EXPIRE: expires.strftime("%Y-%m-%dT%H:%M:%SZ")}
+        made = await self._leases.create(namespace, labels=labels)
+        try:
+            yield made.id
+        finally:
+            with contextlib.suppress(NotFound):
+                await asyncio.shield(self._leases.delete(namespace, made.id))
+
+    # -- registry and image store
+
+    async def _pull(self, call: _Call, source: Message, destination: Message) -> None:
+        registry, store = _expect(source, types.OCIRegistry), _expect(destination, types.ImageStore)
+        place = f"OCI Registry ({registry.reference})"
+        async with self._resolver(call, registry) as resolver:
+            call.progress.say(f"Resolving from {place}")
+            try:
+                name, root = await resolver.resolve(registry.reference)
+            except NotFound as error:
+                raise NotFound(f"failed to resolve image: {error.message}") from error
+            if root.media_type == mediatypes.DOCKER_MANIFEST_V1:
+                raise InvalidArgument("schema 1 image manifests are no longer supported: invalid argument")
+            call.progress.say(f"Pulling from {place}")
+            call.progress.say("fetching image content", name, root)
+            call.progress.start(name)
+            parsed = reference.parse(registry.reference)
+            wanted = self._wanted(call, store)
+            wanted.host, wanted.repository = parsed.host, parsed.path
+            tree = self._tree(call, wanted, resolver.fetcher(registry.reference).fetch)
+            await tree.bring(root)
+        await self._save(call, store, root, _names(store, root))
+        call.progress.say(f"Completed pull from {place}")
+
+    async def _push(self, call: _Call, source: Message, destination: Message) -> None:
+        # loaded when somebody pushes: aiohttp takes a while to import
+        from wherry.daemon.transfer_push import Push  # noqa: PLC0415
+
+        store, registry = _expect(source, types.ImageStore), _expect(destination, types.OCIRegistry)
+        place = f"OCI Registry ({registry.reference})"
+        target = from_proto(self._images.get(call.namespace, store.name).target)
+        async with self._resolver(call, registry) as resolver:
+            call.progress.say(f"Pushing to {place}")
+            call.progress.say("pushing content", store.name, target)
+            call.progress.start(store.name)
+            pusher = resolver.pusher(registry.reference)
+            push = Push(self._content, call.namespace, pusher, call.progress, self._uploads)
+            await push.push(target, registry.reference, [platform_from_proto(item) for item in store.platforms])
+        call.progress.say("pushed content", store.name, target)
+        call.progress.say(f"Completed push to {place}", "", target)
+
+    @contextlib.asynccontextmanager
+    async def _resolver(self, call: _Call, registry: types.OCIRegistry) -> AsyncIterator[Resolver]:
+        from wherry.daemon.transfer_credentials import credentials_for  # noqa: PLC0415
+        from wherry.registry.hosts import Host, hosts_for  # noqa: PLC0415
+        from wherry.registry.resolver import Resolver  # noqa: PLC0415
+
+        asked = registry.resolver
+        headers = dict(asked.headers)
+        stream = self._streams.get(call.namespace, asked.auth_stream) if asked.auth_stream else None
+        credentials = credentials_for(registry.reference, headers, stream)
+
+        def find(name: str) -> list[Host]:
+            config_dir = asked.host_dir or self._options.config_path
+            found = hosts_for(name, config_dir=config_dir, default_scheme=asked.default_scheme)
+            return [replace(host, headers={**headers, **host.headers}) for host in found] if headers else found
+
+        try:
+            async with Resolver(find, credentials) as resolver:
+                yield resolver
+        finally:
+            if stream is not None:
+                stream.close()
+
+    # -- archives
+
+    async def _import(self, call: _Call, source: Message, destination: Message) -> None:
+        from wherry.daemon.transfer_archive import decompressed  # noqa: PLC0415
+        from wherry.daemon.transfer_import import Importer, names_for  # noqa: PLC0415
+
+        archive, store = _expect(source, types.ImageImportStream), _expect(destination, types.ImageStore)
+        stream = self._streams.get(call.namespace, archive.stream)
+        call.progress.say("Importing")
+        try:
+            importer = Importer(self._content, call.namespace, call.lease)
+            index, images = await importer.read(decompressed(receive_bytes(stream)))
+        finally:
+            stream.close()
+        call.progress.start(store.name)
+        if not images:
+            raise InvalidArgument("the archive has no images: invalid argument")
+        tree = self._tree(call, self._wanted(call, store), None)
+        saved = 0
+        chosen = Selection([platform_from_proto(item) for item in store.platforms]).choose(images)
+        if not chosen:
+            raise NotFound("no image of the archive is for the wanted platform: not found")
+        if store.name or any(not item.is_prefix for item in store.extra_references):
+            await tree.bring(index)
+            saved += await self._save(call, store, index, _names(store, index))
+        for image in chosen:
+            names = names_for(image, list(store.extra_references))
+            if names:
+                await self._tree(call, self._wanted(call, store), None).bring(image)
+                saved += await self._save(call, store, image, names)
+        if not saved:
+            raise NotFound("no image name found in the archive: not found")
+        call.progress.say("Completed import")
+
+    async def _export(self, call: _Call, source: Message, destination: Message) -> None:
+        from wherry.daemon.transfer_export import Exporter  # noqa: PLC0415
+
+        store, archive = _expect(source, types.ImageStore), _expect(destination, types.ImageExportStream)
+        stream = self._streams.get(call.namespace, archive.stream)
+        try:
+            names = [*([store.name] if store.name else []), *(item.name for item in store.extra_references)]
+            if not names:
+                raise InvalidArgument("no image was named: invalid argument")
+            if any(item.is_prefix for item in store.extra_references):
+                raise Unimplemented("images to export are named one by one, not by prefix: not implemented")
+            platforms = [platform_from_proto(item) for item in archive.platforms or store.platforms]
+            if archive.all_platforms:
+                platforms = []
+            elif not platforms:
+                platforms = [host()]
+            exporter = Exporter(self._content, call.namespace, Selection(platforms))
+            exporter.skip_compatibility = archive.skip_compatibility_manifest
+            exporter.skip_nondistributable = archive.skip_non_distributable
+            images = [(name, from_proto(self._images.get(call.namespace, name).target)) for name in names]
+            call.progress.say("Exporting")
+            sender = ByteSender(stream)
+            await exporter.write(images, sender.write)
+            call.progress.say("Completed export")
+        finally:
+            stream.close()
+
+    async def _tag(self, call: _Call, source: Message, destination: Message) -> None:
+        old, new = _expect(source, types.ImageStore), _expect(destination, types.ImageStore)
+        image = self._images.get(call.namespace, old.name)
+        target = from_proto(image.target)
+        await self._save(call, new, target, _names(new, target))
+
+    # -- the image store
+
+    def _wanted(self, call: _Call, store: types.ImageStore) -> Wanted:
+        platforms = [platform_from_proto(item) for item in store.platforms]
+        unpacks = []
+        for item in store.unpacks:
+            snapshotter = item.snapshotter or self._default_snapshotter
+            if snapshotter not in self._snapshots.names:
+                raise NotFound(f"snapshotter {snapshotter} is not loaded: not found")
+            platform = platform_from_proto(item.platform) if item.platform.os else host()
+            unpacks.append(Unpack(platform, snapshotter))
+        selection = Selection(platforms, store.manifest_limit)
+        return Wanted(call.namespace, call.lease, selection, store.all_metadata, unpacks)
+
+    def _tree(
+        self, call: _Call, wanted: Wanted, fetch: Callable[[Descriptor, int], AsyncIterator[bytes]] | None
+    ) -> Tree:
+        return Tree(self._content, self._unpacker, call.progress, wanted, fetch=fetch, slots=self._downloads)
+
+    async def _save(self, call: _Call, store: types.ImageStore, target: Descriptor, names: list[str]) -> int:
+        """Store the image under all its names. Raises NotFound where it has none."""
+        if not names:
+            raise NotFound("no image name found: not found")
+        for name in names:
+            image = images_pb2.Image(name=name, labels=store.labels, target=to_proto(target))
+            await self._images.put(call.namespace, image, lease=call.lease)
+            call.progress.say("saved", name, target)
+        return len(names)
+
+
+def _expect(message: Message, kind: type[T]) -> T:
+    if not isinstance(message, kind):
+        have, want = message.DESCRIPTOR.full_name, kind.DESCRIPTOR.full_name
+        raise InvalidArgument(f"{have} where {want} belongs: invalid argument")
+    return message
+
+
+def _names(store: types.ImageStore, target: Descriptor) -> list[str]:
+    """The names that the client gave; prefixes are for archives."""
+    names = [store.name] if store.name else []
+    plain = [item for item in store.extra_references if not item.is_prefix]
+    return names + [f"{item.name}@{target.digest}" if item.add_digest else item.name for item in plain]

@@ -1,0 +1,247 @@
+"""Registry to image store: fetch an image's tree, label it, unpack it while the rest of it still comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from wherry.core import mediatypes
+from wherry.core.descriptor import Descriptor
+from wherry.core.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from wherry.core.platforms import Platform, matches, normalize
+from wherry.daemon.content import ContentStore
+from wherry.daemon.transfer_image import (
+    MAX_DOCUMENT,
+    MAX_NODES,
+    Selection,
+    add_labels,
+    children_labels,
+    children_of,
+    parse_document,
+    ref_key,
+    source_label,
+)
+from wherry.daemon.transfer_progress import Progress
+from wherry.daemon.transfer_unpack import Task, Unpacker, first_error
+
+# seconds between two tries for content that somebody else is fetching
+LOCKED_PAUSE = 0.1
+
+# gives the content of a descriptor from an offset (bytes) on
+Fetch = Callable[[Descriptor, int], AsyncIterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpack:
+    """What to unpack: the platform's image into a snapshotter."""
+
+    platform: Platform
+    snapshotter: str
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What a transfer into the image store is to bring."""
+
+    namespace: str
+    lease: str
+    selection: Selection
+    all_metadata: bool = False
+    unpacks: list[Unpack] = field(default_factory=list)
+    # host and repository that the content comes from, for its labels; "" for none
+    host: str = ""
+    repository: str = ""
+
+
+class Tree:
+    """Brings the tree of one image into the store. `fetch` is None where everything is there already (an import)."""
+
+    def __init__(
+        self,
+        content: ContentStore,
+        unpacker: Unpacker,
+        progress: Progress,
+        wanted: Wanted,
+        *,
+        fetch: Fetch | None,
+        slots: asyncio.Semaphore,
+    ) -> None:
+        self._content = content
+        self._unpacker = unpacker
+        self._progress = progress
+        self._wanted = wanted
+        self._fetch = fetch
+        self._slots = slots
+        self._nodes = 0
+        # the fetch of each digest, so that what two parents share comes once
+        self._fetches: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self.unpacked = 0
+
+    async def bring(self, root: Descriptor) -> None:
+        """Fetch and unpack everything that is wanted below `root`. Raises the first error."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                await self._node(root, root.platform)
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        if self._group is None:
+            raise Unavailable("the transfer has ended: unavailable")
+        return self._group.create_task(work)
+
+    def _have(self, descriptor: Descriptor) -> asyncio.Task[None]:
+        """The task that gets a descriptor's content; waiting for it may be cancelled, it goes on."""
+        task = self._fetches.get(descriptor.digest)
+        if task is None:
+            self._progress.add(descriptor)
+            task = self._fetches[descriptor.digest] = self._spawn(self._get(descriptor))
+        return task
+
+    async def _ready(self, descriptor: Descriptor) -> None:
+        await asyncio.shield(self._have(descriptor))
+
+    async def _node(self, descriptor: Descriptor, platform: Platform | None) -> None:
+        """One node with all that is below it."""
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise InvalidArgument(f"the image has more than {MAX_NODES} parts: invalid argument")
+        await self._ready(descriptor)
+        kind = descriptor.media_type
+        if not (mediatypes.is_index(kind) or mediatypes.is_manifest(kind)):
+            return
+        wanted = self._wanted
+        data = await self._content.read_all(wanted.namespace, descriptor.digest, MAX_DOCUMENT)
+        children = children_of(parse_document(data, descriptor), descriptor)
+        self._progress.children(descriptor, children)
+        await add_labels(self._content, wanted.namespace, descriptor.digest, children_labels(children))
+        if mediatypes.is_index(kind):
+            await self._index(descriptor, children)
+        else:
+            await self._manifest(children, platform)
+
+    async def _index(self, descriptor: Descriptor, children: list[Descriptor]) -> None:
+        chosen = self._wanted.selection.choose(children)
+        if children and not chosen:
+            names = ", ".join(str(platform) for platform in self._wanted.selection.platforms)
+            raise NotFound(f"{ref_key(descriptor)}: no match for platform in manifest: {names}: not found")
+        others = [child for child in children if child not in chosen] if self._wanted.all_metadata else []
+        for child in [*chosen, *others]:
+            self._spawn(self._node(child, child.platform))
+
+    async def _manifest(self, children: list[Descriptor], platform: Platform | None) -> None:
+        """A manifest's configuration now, its layers beside each other; unpacking begins with the first one there."""
+        config, layers = children[0], children[1:]
+        if not self._wanted.selection.wants(platform):
+            # metadata only
+            await self._ready(config)
+            return
+        for layer in layers:
+            self._have(layer)
+        await self._ready(config)
+        if self._wanted.unpacks and mediatypes.is_config(config.media_type):
+            data = await self._content.read_all(self._wanted.namespace, config.digest, MAX_DOCUMENT)
+            await self._start_unpacks(config, parse_document(data, config), layers, platform)
+
+    async def _start_unpacks(
+        self, config: Descriptor, document: dict[str, Any], layers: list[Descriptor], platform: Platform | None
+    ) -> None:
+        rootfs = document.get("rootfs")
+        diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+        if not isinstance(diff_ids, list) or not all(isinstance(item, str) for item in diff_ids):
+            raise InvalidArgument(f"{ref_key(config)} has no rootfs.diff_ids: invalid argument")
+        own = Platform.from_json(document, ref_key(config)) if document.get("os") else None
+        have = normalize(platform or own or Platform("linux"))
+        for unpack in self._wanted.unpacks:
+            selection = Selection([unpack.platform] if unpack.platform.os else [])
+            if matches(unpack.platform, have) or selection.wants(have):
+                self.unpacked += 1
+                task = Task(
+                    self._wanted.namespace,
+                    self._wanted.lease,
+                    unpack.snapshotter,
+                    config,
+                    tuple(diff_ids),
+                    tuple(layers),
+                    self._ready,
+                )
+                self._spawn(self._unpack(task))
+
+    async def _unpack(self, task: Task) -> None:
+        await self._unpacker.unpack(task, self._progress)
+
+    # -- content
+
+    async def _get(self, descriptor: Descriptor) -> None:
+        """Have a descriptor's content in the store, under the lease, with the label that says where it is from."""
+        namespace = self._wanted.namespace
+        if self._fetch is None:
+            if not self._content.exists(namespace, descriptor.digest):
+                raise NotFound(f"content digest {descriptor.digest}: not found")
+            return
+        existed = await self._download(descriptor)
+        if existed:
+            await self._label_source(descriptor)
+        self._progress.finish(descriptor, "already exists" if existed else "complete")
+
+    async def _download(self, descriptor: Descriptor) -> bool:
+        """Fetch into the store; True where it was there already."""
+        wanted = self._wanted
+        while True:
+            try:
+                writer = await self._content.writer(
+                    wanted.namespace,
+                    ref_key(descriptor),
+                    total=descriptor.size,
+                    expected=descriptor.digest,
+                    lease=wanted.lease,
+                )
+            except AlreadyExists:
+                return True
+            except Unavailable as error:
+                if "locked" not in error.message:
+                    raise
+                # another transfer is fetching it: what it got we have
+                await asyncio.sleep(LOCKED_PAUSE)
+                continue
+            # few layers at once; what is small needn't wait for them
+            slot = self._slots if mediatypes.is_layer(descriptor.media_type) else contextlib.nullcontext()
+            async with writer, slot:
+                if writer.offset > descriptor.size:
+                    await writer.truncate()
+                existed = bool(writer.shared)
+                if not existed and writer.offset < descriptor.size and self._fetch is not None:
+                    async for chunk in self._fetch(descriptor, writer.offset):
+                        offset = await writer.write(chunk)
+                        self._progress.update(descriptor, "downloading", offset)
+                try:
+                    await self._content.commit_or_label(
+                        writer, descriptor.size, descriptor.digest, self._source_labels()
+                    )
+                except FailedPrecondition as error:
+                    raise FailedPrecondition(f"{ref_key(descriptor)}: {error.message}") from error
+                return existed
+
+    def _source_labels(self, existing: str = "") -> dict[str, str]:
+        if not self._wanted.host:
+            return {}
+        key, value = source_label(self._wanted.host, self._wanted.repository, existing)
+        return {key: value}
+
+    async def _label_source(self, descriptor: Descriptor) -> None:
+        if self._wanted.host:
+            key, _ = source_label(self._wanted.host, "")
+            existing = self._content.info(self._wanted.namespace, descriptor.digest).labels.get(key, "")
+            labels = self._source_labels(existing)
+            await add_labels(self._content, self._wanted.namespace, descriptor.digest, labels)
