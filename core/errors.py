@@ -8,7 +8,10 @@ gRPC or ttrpc status, the client turns the status back into the same class. The 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import ClassVar
+
+TYPE_CHECKING = False  # the runtime's command line can't afford to import typing; type checkers know the name
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class Code(IntEnum):

@@ -107,7 +107,7 @@ def set_process_title(args: Sequence[str], name: str = "") -> None:
     """What `ps` shows: /proc/PID/cmdline becomes `args`, /proc/PID/comm becomes `name` (15 bytes) if one is given.
 
     The kernel is pointed at a buffer of ours, so the title may be longer than the first command line was; this works
-    after fork and as often as wanted. A kernel that refuses (a sandbox without prctl) is no error: a title is a comfort.
+    after fork and as often as wanted. A kernel that refuses (a sandbox without prctl) is no error: it is a comfort.
     """
     global _title_buffer  # noqa: PLW0603 - the kernel keeps the address for as long as the process lives
     if name:

@@ -1,9 +1,9 @@
 """The kernel's calls that Python's `os` lacks, each under the kernel's own name.
 
-Every wrapper raises `OSError` with the errno and, where there is one, the path or argument in `filename`. Signatures are
-bound once, when the module is loaded. Nothing here searches for libraries or imports more than `ctypes` and `os`: the
-runtime's command line pays for each import (`python -X importtime`). For the same reason flags are plain numbers: `enum`
-alone would cost what a fork costs.
+Every wrapper raises `OSError` with the errno and, where there is one, the path or argument in `filename`. Signatures
+are bound once, when the module is loaded. Nothing here searches for libraries or imports more than `ctypes` and `os`:
+the runtime's command line pays for each import (`python -X importtime`). For the same reason flags are plain numbers:
+`enum` alone would cost what a fork costs.
 """
 
 from __future__ import annotations
@@ -458,3 +458,30 @@ def fork(flags: int = 0, cgroup: int = -1) -> int:
     if pid < 0:
         raise OSError(number, os.strerror(number), f"clone3({flags:#x})")
     return pid
+
+
+_NR_PIDFD_SEND_SIGNAL = 424
+_LAST_SIGNAL = 64
+_SIG_SETMASK = 2
+_LOCK_EX = 2
+
+
+def pidfd_send_signal(fd: int, number: int) -> None:
+    """pidfd_send_signal(2); `signal.pidfd_send_signal` without the import of `signal`."""
+    _call(_NR_PIDFD_SEND_SIGNAL, _int(fd), _int(number), _ptr(None), ctypes.c_uint(0), name=f"signal {number}")
+
+
+def reset_signals() -> None:
+    """Default handlers for all signals, and none blocked: what a program expects at its start. (Python ignores SIGPIPE,
+    and its caller may have ignored more.) The kernel's dispositions change, not what `signal.getsignal` remembers.
+    """
+    for number in range(1, _LAST_SIGNAL + 1):
+        libc.signal(_int(number), _ptr(None))  # SIGKILL, SIGSTOP and libc's own two refuse
+    empty = ctypes.create_string_buffer(128)  # sigset_t
+    libc.sigprocmask(_int(_SIG_SETMASK), empty, _ptr(None))
+
+
+def flock(fd: int) -> None:
+    """flock(2), exclusive, waiting."""
+    if libc.flock(_int(fd), _int(_LOCK_EX)) != 0:
+        _raise("flock")

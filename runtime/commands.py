@@ -1,5 +1,7 @@
 """The bodies of the commands. Each takes the parsed flags and arguments and returns the exit code."""
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import json
@@ -67,7 +69,7 @@ def _request(context: Context, flags: Flags, container_id: str) -> container.Cre
     )
 
 
-def _send_pidfd(path: str, pid: int) -> None:
+def send_pidfd(path: str, pid: int) -> None:
     if path:
         from wherry.runtime import console
 
@@ -80,7 +82,7 @@ def _send_pidfd(path: str, pid: int) -> None:
 
 def _create(context: Context, flags: Flags, arguments: list[str]) -> int:
     pid = container.create(_request(context, flags, arguments[0]))
-    _send_pidfd(flags["pidfd-socket"], pid)
+    send_pidfd(flags["pidfd-socket"], pid)
     return 0
 
 
@@ -114,7 +116,7 @@ def _list(context: Context, flags: Flags, arguments: list[str]) -> int:
             found = state.load(context.root, name)
         except ContainerError as error:
             if error.kind != NOT_FOUND:
-                context.log.error(f"load container {name}: {error.message}")
+                context.log.write("error", f"load container {name}: {error.message}")
             continue
         rows.append({**found.described(), "owner": found.owner or "root"})
     if flags["quiet"]:

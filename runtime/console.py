@@ -56,7 +56,11 @@ def open_pty(root: Root) -> tuple[int, int, str]:
         raise ContainerError(f"open /dev/ptmx: {(error.strerror or '').lower()}") from None
     try:
         info = os.fstat(master)
-        if not stat.S_ISCHR(info.st_mode) or info.st_rdev != os.makedev(5, 2) or _filesystem(master) != _DEVPTS_SUPER_MAGIC:
+        if (
+            not stat.S_ISCHR(info.st_mode)
+            or info.st_rdev != os.makedev(5, 2)
+            or _filesystem(master) != _DEVPTS_SUPER_MAGIC
+        ):
             raise ContainerError("/dev/pts/ptmx in the container is not the one of a devpts")
         sc.ioctl(master, _TIOCSPTLCK, ctypes.c_int(0))
         number = ctypes.c_uint(0)

@@ -16,11 +16,13 @@ the calling process as it was (its namespaces, cgroup, cwd, descriptors). With `
 (`wherry.linux.process.set_child_subreaper`) and init becomes its child by the time `forked` returns.
 
 Standard streams: `stdio=(in, out, err)` are descriptors that become 0, 1, 2 of the container's process; None keeps the
-caller's own. With `process.terminal` they are ignored: a pty is made inside, its master goes to `console_socket` (a path,
-connected to; or `console_fd`, an already connected SOCK_STREAM socket) as SCM_RIGHTS, as runc does it.
+caller's own. With `process.terminal` they are ignored: a pty is made inside, its master goes to `console_socket` (a
+path, connected to; or `console_fd`, an already connected SOCK_STREAM socket) as SCM_RIGHTS, as runc does it.
 
 Nothing else of the caller's descriptors reaches the container, save the `preserve_fds` that follow 2.
 """
+
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
 
 from __future__ import annotations
 
@@ -140,7 +142,7 @@ def preload() -> None:
     import select  # noqa: F401
 
     from wherry.linux import cgroups
-    from wherry.runtime import console, copyup, create, execute, hooks, lifecycle, sealed, seccomp  # noqa: F401
+    from wherry.runtime import console, copyup, create, execute, hook_process, lifecycle, sealed, seccomp  # noqa: F401
 
     cgroups.host()
 
@@ -262,11 +264,11 @@ def forked(function: Callable[..., T], *args: object, **kwargs: object) -> T:
 
 
 def _answer(writer: int, function: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    from wherry.runtime import kernel
+    from wherry.linux import syscalls
 
     answer: dict[str, object]
     try:
-        kernel.reset_signals()
+        syscalls.reset_signals()
         answer = {"result": function(*args, **kwargs)}
     except ContainerError as error:
         answer = {"error": error.message, "kind": error.kind}

@@ -1,25 +1,28 @@
 """`create` and `exec`: what is decided before the fork, and what is undone when something fails."""
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import os
-import pwd
 
 from wherry.core.errors import WherryError
 from wherry.linux import process
-from wherry.runtime import execute, init, make, spec, state
+from wherry.runtime import hooks, init, make, spec, state
 from wherry.runtime.errors import INVALID, PRECONDITION, ContainerError
 from wherry.runtime.plan import Plan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from wherry.runtime.container import CreateRequest, ExecRequest
 
 
-def create(request: CreateRequest) -> int:
-    """See `container.create`."""
+def create(request: CreateRequest, meanwhile: Callable[[], None] | None = None) -> int:
+    """See `container.create`. meanwhile: called once while the child builds the container on another processor; the
+    command line loads there what it needs next."""
     bundle = os.path.abspath(request.bundle)
     if request.spec is None:
         config = spec.load(bundle)
@@ -41,7 +44,7 @@ def create(request: CreateRequest) -> int:
         _describe(made, config, bundle, rootfs)
         plan.cgroup = _plan_cgroup(plan.linux.get("cgroupsPath") or "", request.id, systemd=request.systemd_cgroup)
         made.cgroup_paths = plan.cgroup.paths
-        made.save(config)
+        made.save()
         fresh_cgroup = not plan.cgroup.exists()
         _fill_cgroup(plan)
         plan.open_namespaces()
@@ -52,7 +55,15 @@ def create(request: CreateRequest) -> int:
             if request.pid_file:
                 make.write_pid_file(request.pid_file, pid)
 
+        hooks.preload(config)
         pid, channel = make.spawn(plan, init.run)
+        try:
+            made.save_spec(config)
+            if meanwhile:
+                meanwhile()
+        except BaseException:
+            make.abandon(pid, channel)
+            raise
         return make.converse(plan, pid, channel, recorded)
     except BaseException as error:
         _undo(plan, error, fresh_cgroup=fresh_cgroup)
@@ -88,15 +99,18 @@ def _describe(made: state.State, config: dict[str, Any], bundle: str, rootfs: st
     made.creator = os.getpid()
     made.creator_started = process.start_time(made.creator)
     uid = os.geteuid()
-    try:
-        made.owner = "" if uid == 0 else pwd.getpwuid(uid).pw_name
-    except KeyError:
-        made.owner = ""
+    if uid:
+        import pwd
+
+        try:
+            made.owner = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            made.owner = str(uid)
 
 
 def _plan_cgroup(path: str, container_id: str, *, systemd: bool) -> Any:
     """The cgroup of `cgroupsPath`. systemd's form SLICE:PREFIX:NAME means SLICE's path and the scope PREFIX-NAME."""
-    from wherry.linux import cgroups  # noqa: PLC0415 - preloaded where it matters
+    from wherry.linux import cgroups
 
     if systemd or path.count(":") == 2:
         parts = path.split(":") if path else ["system.slice", "wherry", container_id]
@@ -134,7 +148,7 @@ def _open_files(plan: Plan, request: CreateRequest) -> None:
     _open_console(plan, request.console_socket, request.console_fd)
     _compile_seccomp(plan)
     if any("tmpcopyup" in (item.get("options") or ()) for item in plan.spec.get("mounts") or ()):
-        from wherry.runtime import copyup  # noqa: F401, PLC0415 - as above
+        from wherry.runtime import copyup  # noqa: F401
 
 
 def _open_console(plan: Plan, path: str, fd: int) -> None:
@@ -142,7 +156,7 @@ def _open_console(plan: Plan, path: str, fd: int) -> None:
         if path:
             raise ContainerError("cannot use console socket if runc will not detach or allocate tty", INVALID)
         return
-    from wherry.runtime import console  # noqa: PLC0415 - here, because in the container there is nothing to import
+    from wherry.runtime import console
 
     if path:
         plan.console = console.connect(path)
@@ -157,7 +171,7 @@ def _compile_seccomp(plan: Plan) -> None:
     profile = plan.linux.get("seccomp")
     if not profile:
         return
-    from wherry.runtime import seccomp  # noqa: PLC0415
+    from wherry.runtime import seccomp
 
     try:
         plan.seccomp = seccomp.compile_filter(profile)
@@ -193,7 +207,8 @@ def _undo(plan: Plan, error: BaseException, *, fresh_cgroup: bool) -> None:
 
 def exec_process(request: ExecRequest) -> int:
     """See `container.exec_process`."""
-    from wherry.linux import cgroups  # noqa: PLC0415
+    from wherry.linux import cgroups
+    from wherry.runtime import execute
 
     spec.validate_process(request.process)
     found = state.load(request.root, request.id)

@@ -89,7 +89,8 @@ def _make_rootless(spec: dict[str, Any], linux: dict[str, Any]) -> None:
         options = [o for o in mount.get("options", []) if not o.startswith(("gid=", "uid="))]
         if mount["destination"] == "/sys":
             # without a network namespace of our own sysfs can only be bound
-            mount, options = {**mount, "type": "none", "source": "/sys"}, ["rbind", "nosuid", "noexec", "nodev", "ro"]
+            mount.update(type="none", source="/sys")
+            options = ["rbind", "nosuid", "noexec", "nodev", "ro"]
         mounts.append({**mount, "options": options} if options else mount)
     spec["mounts"] = mounts
 

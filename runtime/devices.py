@@ -118,5 +118,3 @@ def host_null() -> int:
         os.close(fd)
         raise ContainerError("/dev/null of the host is not the null device")
     return fd
-
-

@@ -5,13 +5,15 @@ opened while init was known to live, and gives up rights as init did. What enter
 can't be traced (`sealed.py`, `init.isolate`), because here somebody is already inside who might try.
 """
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import os
 
 from wherry.linux import namespaces, process
 from wherry.linux import syscalls as sc
-from wherry.runtime import identity, init, kernel
+from wherry.runtime import init, kernel
 from wherry.runtime.errors import PRECONDITION, ContainerError
 from wherry.runtime.root import Root
 
@@ -57,7 +59,7 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
         if not plan.no_new_keyring:
             kernel.join_keyring(plan.state.id)
         if plan.console >= 0:
-            from wherry.runtime import console  # noqa: PLC0415 - preloaded where it matters
+            from wherry.runtime import console
 
             root = Root("/")
             console.set_up(root, plan.process, plan.console, with_console=False)
@@ -76,3 +78,4 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
             channel.send("error", text)
         finally:
             os._exit(255)
+    os._exit(255)  # execve returns only by raising

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wherry.linux import capabilities, mounts, namespaces
-from wherry.runtime import spec
+from wherry.runtime import hooks, spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def describe() -> dict[str, Any]:
     return {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": spec.SPEC_VERSION,
-        "hooks": list(spec.HOOKS),
+        "hooks": list(hooks.KINDS),
         "mountOptions": sorted({*mounts.FLAGS, *mounts.PROPAGATION, *mounts.RECURSIVE, "tmpcopyup"}),
         "linux": {
             "namespaces": sorted(namespaces.supported()),

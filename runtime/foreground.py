@@ -3,12 +3,11 @@
 With a terminal and nobody to take its master, this process stands between: raw mode here, bytes to and fro.
 """
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
-import _socket
-import array
 import os
-import signal
 
 from wherry.linux import process
 from wherry.runtime import container
@@ -16,14 +15,13 @@ from wherry.runtime.errors import INVALID, ContainerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     from collections.abc import Callable
-
-_NOT_FORWARDED = frozenset((signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG, signal.SIGKILL, signal.SIGSTOP))
 
 
 def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_socket: str = "") -> int:
     """create, start, and unless detached wait and delete; returns the exit code (128 + N for signal N)."""
-    from wherry.runtime import spec
+    from wherry.runtime import create, spec
 
     if request.spec is None:
         request.spec = spec.load(request.bundle)
@@ -35,14 +33,14 @@ def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_soc
     if relay:
         request.console_fd = relay.far_end
     try:
-        pid = container.create(request)
+        pid = create.create(request, meanwhile=_load_the_rest)
         try:
             if relay:
                 relay.receive()
             if pidfd_socket:
                 from wherry.runtime import commands
 
-                commands._send_pidfd(pidfd_socket, pid)  # noqa: SLF001 - the same command line
+                commands.send_pidfd(pidfd_socket, pid)
             container.start(request.root, request.id)
             code = 0 if detach else _wait(pid, relay)
         except BaseException:
@@ -54,6 +52,14 @@ def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_soc
     if not detach and not keep:
         container.delete(request.root, request.id, force=True)
     return code
+
+
+def _load_the_rest() -> None:
+    """While the child mounts: what start, wait and delete will import."""
+    import select  # noqa: F401
+    import signal  # noqa: F401
+
+    from wherry.runtime import lifecycle  # noqa: F401
 
 
 def exec_process(request: container.ExecRequest, *, detach: bool, pidfd_socket: str = "") -> int:
@@ -70,7 +76,7 @@ def exec_process(request: container.ExecRequest, *, detach: bool, pidfd_socket: 
         if pidfd_socket:
             from wherry.runtime import commands
 
-            commands._send_pidfd(pidfd_socket, pid)  # noqa: SLF001
+            commands.send_pidfd(pidfd_socket, pid)
         return 0 if detach else _wait(pid, relay)
     finally:
         if relay:
@@ -85,6 +91,10 @@ def _check_console(terminal: bool, path: str, *, detach: bool) -> None:
 
 
 def _wait(pid: int, relay: _Relay | None) -> int:
+    import signal
+
+    unforwarded = (signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG, signal.SIGKILL, signal.SIGSTOP)
+
     def forward(number: int, _frame: object) -> None:
         if relay and number == signal.SIGWINCH:
             relay.resize()
@@ -94,7 +104,7 @@ def _wait(pid: int, relay: _Relay | None) -> int:
         except ProcessLookupError:
             return
 
-    for number in signal.valid_signals() - _NOT_FORWARDED:
+    for number in signal.valid_signals().difference(unforwarded):
         if number < 32:
             signal.signal(number, forward)
     if relay:
@@ -110,6 +120,8 @@ class _Relay:
     """Between our standard streams and the container's terminal."""
 
     def __init__(self) -> None:
+        import _socket
+
         near, far = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
         self.near: _socket.socket | None = near
         self.far_end = far.detach()
@@ -122,6 +134,8 @@ class _Relay:
 
     def receive(self) -> None:
         """Take the master that init sent, give it our size, and make our side raw."""
+        import _socket
+        import array
         import termios
         import tty
 

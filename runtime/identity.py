@@ -82,7 +82,7 @@ def set_user(user: dict[str, Any]) -> None:
 
 
 def change_directory(cwd: str) -> None:
-    """chdir, and see that the result is inside of the root: a cwd like /proc/self/fd/7 may lead out (CVE-2024-21626)."""
+    """chdir, and see that the result is inside the root: a cwd like /proc/self/fd/7 may lead out (CVE-2024-21626)."""
     try:
         os.chdir(cwd)
     except OSError as error:

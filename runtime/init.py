@@ -26,6 +26,8 @@ At any point `error` may come up instead, with a text; and an end of file in eit
 that neither outlives a SIGKILL of its partner before the container is recorded.
 """
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import os
@@ -37,7 +39,6 @@ from wherry.runtime.errors import ContainerError
 from wherry.runtime.plan import Plan, close_others, take_streams
 from wherry.runtime.root import Root
 from wherry.runtime.rootfs import Rootfs
-from wherry.runtime.spec import hooks_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def isolate(plan: Plan, channel: Channel) -> None:
     """Cut what ties this process to the caller's: descriptors, session, signals, traceability."""
     close_others(plan.kept(channel))
     take_streams(plan.stdio)
-    kernel.reset_signals()
+    sc.reset_signals()
     os.setsid()
     # Nobody in a namespace that we join may trace us or read our /proc before the program runs (CVE-2016-9962).
     process.set_dumpable(False)
@@ -156,17 +157,17 @@ def build(plan: Plan, channel: Channel) -> None:
         rootfs.mount_all()
     else:
         rootfs.root = Root(plan.state.rootfs)
-    if hooks_of(plan.spec, "prestart") or hooks_of(plan.spec, "createRuntime"):
+    if hooks.of(plan.spec, "prestart") or hooks.of(plan.spec, "createRuntime"):
         channel.send("hooks")
         channel.expect("go")
-    hooks.run_all("createContainer", hooks_of(plan.spec, "createContainer"), _state(plan, "creating"))
+    hooks.run(plan.spec, "createContainer", _state(plan, "creating"))
     kernel.set_names(plan.spec)
     kernel.write_sysctls(linux.get("sysctl") or {})
     label = kernel.open_label(plan.process)
     if has_mounts:
         _make_directory(rootfs.root, plan.process["cwd"])
     if plan.console >= 0:
-        from wherry.runtime import console  # noqa: PLC0415 - preloaded where it matters
+        from wherry.runtime import console
 
         console.set_up(rootfs.root, plan.process, plan.console, with_console=has_mounts)
     if has_mounts:
@@ -220,7 +221,7 @@ def _wait_and_execute(plan: Plan, program: str, env: list[str]) -> NoReturn:
     try:
         while not os.read(plan.fifo, 1):
             pass
-        hooks.run_all("startContainer", hooks_of(plan.spec, "startContainer"), _state(plan, "created"))
+        hooks.run(plan.spec, "startContainer", _state(plan, "created"))
         sc.execve(program, plan.process["args"], env)
     except OSError as error:
         code = 255

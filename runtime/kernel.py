@@ -1,5 +1,7 @@
 """The small settings of a container that are one system call or one file each."""
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import ctypes
@@ -41,15 +43,6 @@ _POLICY_FLAGS = {
 }
 
 
-def reset_signals() -> None:
-    """A program starts with default handlers and nothing blocked, whatever the caller (Python ignores SIGPIPE)."""
-    import signal  # noqa: PLC0415
-
-    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
 def join_keyring(container_id: str) -> None:
     """A session keyring of its own, so that the container can't see the caller's (keyrings(7))."""
     try:
@@ -67,10 +60,10 @@ def loopback_up() -> None:
     if fd < 0:
         return  # a kernel without IPv4
     try:
-        request = (ctypes.c_char * 40)(*b"lo")
+        request = ctypes.create_string_buffer(b"lo", 40)  # struct ifreq: a name of 16 bytes, then the flags
         sc.ioctl(fd, _SIOCGIFFLAGS, request)
         flags = int.from_bytes(request.raw[16:18], "little") | _IFF_UP
-        request[16:18] = flags.to_bytes(2, "little")
+        request[16], request[17] = flags.to_bytes(2, "little")[:1], flags.to_bytes(2, "little")[1:]
         sc.ioctl(fd, _SIOCSIFFLAGS, request)
     finally:
         os.close(fd)
@@ -88,7 +81,7 @@ def write_sysctls(values: dict[str, str]) -> None:
     for key, value in values.items():
         # a key with slashes may have dots in its parts (net/ipv4/conf/eth0.100/…)
         slash, dot = key.find("/"), key.find(".")
-        path = key if 0 <= slash and (dot < 0 or slash < dot) else key.replace(".", "/")
+        path = key if slash >= 0 and (dot < 0 or slash < dot) else key.replace(".", "/")
         try:
             fd = os.open(f"/proc/sys/{path}", os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -134,7 +127,7 @@ def set_scheduling(process: dict[str, Any]) -> None:
         if policy is None:
             raise ContainerError(f"process.scheduler.policy: unknown policy {wanted.get('policy')!r}")
         flags = sum(_POLICY_FLAGS.get(name, 0) for name in wanted.get("flags") or ())
-        import struct  # noqa: PLC0415
+        import struct
 
         attr = struct.pack(
             "=IIQiIQQQ", 48, policy, flags, wanted.get("nice") or 0, wanted.get("priority") or 0,
@@ -190,7 +183,7 @@ def write_label(fd: int, process: dict[str, Any]) -> None:
 
 
 def load_seccomp(plan: Plan) -> None:
-    from wherry.runtime import seccomp  # noqa: PLC0415 - preloaded where it matters
+    from wherry.runtime import seccomp
 
     if plan.seccomp is None:
         return

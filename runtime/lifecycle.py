@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal as signals
 
 from wherry.core.errors import WherryError
 from wherry.linux import cgroups
+from wherry.linux import syscalls as sc
 from wherry.runtime import hooks, state
 from wherry.runtime.errors import NOT_FOUND, PRECONDITION, ContainerError
-from wherry.runtime.spec import hooks_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+_SIGKILL = 9
 _KILL_PATIENCE = 10.0  # seconds that `delete --force` waits for a killed init (runc: 10 s)
 
 
@@ -58,8 +58,7 @@ def start(root: str, container_id: str) -> None:
         failure = _read_failure(found)
         if failure:
             raise ContainerError(failure)
-        poststart = hooks_of(found.spec(), "poststart") if os.path.exists(os.path.join(found.folder, "config.json")) else []
-        hooks.run_all("poststart", poststart, {**found.oci(state.RUNNING), "pid": found.pid})
+        hooks.run(found.spec(), "poststart", {**found.oci(state.RUNNING), "pid": found.pid})
 
 
 def _wait_for_exec(fifo: int) -> None:
@@ -86,7 +85,7 @@ def kill(root: str, container_id: str, signal: int, *, everybody: bool = False) 
     """See `container.kill`."""
     found = state.load(root, container_id)
     alive = found.alive()
-    if everybody or (signal == signals.SIGKILL and not _has_own_pids(found)):
+    if everybody or (signal == _SIGKILL and not _has_own_pids(found)):
         # Without a pid namespace of its own the container outlives its init; all of it is meant.
         try:
             _cgroup(found).kill(signal)
@@ -102,7 +101,7 @@ def kill(root: str, container_id: str, signal: int, *, everybody: bool = False) 
     try:
         if not found.alive():  # looked at again under the pidfd: this is the process that we mean
             raise ContainerError("container not running", PRECONDITION)
-        signals.pidfd_send_signal(fd, signal)
+        sc.pidfd_send_signal(fd, signal)
     except ProcessLookupError:
         raise ContainerError("container not running", PRECONDITION) from None
     except OSError as error:
@@ -145,12 +144,9 @@ def _end(found: state.State) -> None:
         return
     try:
         if found.cgroup_paths:
-            try:
-                _cgroup(found).kill()
-            except (OSError, WherryError):
-                pass  # init itself is next
+            _try_to_kill_all(found)
         if found.alive() or not found.pid:
-            signals.pidfd_send_signal(fd, signals.SIGKILL)
+            sc.pidfd_send_signal(fd, _SIGKILL)
         if not select.select([fd], [], [], _KILL_PATIENCE)[0]:
             raise ContainerError("container init still running")
     except ProcessLookupError:
@@ -159,13 +155,20 @@ def _end(found: state.State) -> None:
         os.close(fd)
 
 
+def _try_to_kill_all(found: state.State) -> None:
+    try:
+        _cgroup(found).kill()
+    except (OSError, WherryError):
+        return  # init itself is next, and the cgroup's removal says what is left
+
+
 def destroy(found: state.State) -> None:
     """Take away what a stopped container has left. The state folder goes last, so that a `delete` that is killed half
     way can be said again."""
     try:
-        poststop = hooks_of(found.spec(), "poststop")
+        spec = found.spec()
     except (OSError, ValueError):
-        poststop = []
+        spec = {}
     if found.cgroup_paths:
         try:
             cgroup = _cgroup(found)
@@ -176,7 +179,7 @@ def destroy(found: state.State) -> None:
             raise _cgroup_failure("unable to remove the container's cgroup", error) from error
     payload = found.oci(state.STOPPED)
     found.remove()
-    hooks.run_all("poststop", poststop, payload)
+    hooks.run(spec, "poststop", payload)
 
 
 # -- the cgroup -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from wherry.linux.namespaces import path_of
 from wherry.runtime import channel as channels
 from wherry.runtime import hooks, kernel
 from wherry.runtime.errors import ContainerError
-from wherry.runtime.spec import RLIMITS, hooks_of
+from wherry.runtime.spec import RLIMITS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,6 +112,12 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
         channel.close()
 
 
+def abandon(pid: int, channel: Channel) -> None:
+    """Give up a child that nobody will talk to."""
+    channel.close()
+    _kill(pid)
+
+
 def _death(pid: int) -> str:
     """Why the child died without a word."""
     try:
@@ -135,7 +141,10 @@ def _kill(pid: int) -> None:
 
 def _write_mappings(pid: int, linux: dict[str, Any]) -> None:
     for key, file in (("gidMappings", "gid_map"), ("uidMappings", "uid_map")):
-        lines = [f"{item.get('containerID') or 0} {item.get('hostID') or 0} {item['size']}\n" for item in linux.get(key) or ()]
+        lines = [
+            f"{item.get('containerID') or 0} {item.get('hostID') or 0} {item['size']}\n"
+            for item in linux.get(key) or ()
+        ]
         try:
             fd = os.open(f"/proc/{pid}/{file}", os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -143,15 +152,17 @@ def _write_mappings(pid: int, linux: dict[str, Any]) -> None:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise ContainerError(f"{FAILED_START}failed to write {file} of the user namespace: {error.strerror}") from None
+            raise ContainerError(
+                f"{FAILED_START}failed to write {file} of the user namespace: {error.strerror}"
+            ) from None
 
 
 def _run_host_hooks(plan: Plan, pid: int) -> None:
     state = plan.state.oci("creating")
     state["pid"] = pid
     try:
-        hooks.run_all("prestart", hooks_of(plan.spec, "prestart"), state)
-        hooks.run_all("createRuntime", hooks_of(plan.spec, "createRuntime"), state)
+        hooks.run(plan.spec, "prestart", state)
+        hooks.run(plan.spec, "createRuntime", state)
     except ContainerError as error:
         raise ContainerError(f"{FAILED_START}error during container init: {error.message}") from None
 

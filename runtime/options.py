@@ -1,4 +1,4 @@
-"""The command line's flags, in runc's spelling (which is Go's: `-flag`, `--flag`, `--flag=value`, first word ends them).
+"""The command line's flags in runc's spelling (Go's: `-flag`, `--flag`, `--flag=value`; the first word ends them).
 
 `argparse` costs 10 ms to import, half of what a whole `runc run` takes; what runc's syntax needs is here in one page.
 """
@@ -212,7 +212,10 @@ def help_text(command: str = "") -> str:
     words = " <container-id>" if fewest else ""
     words += {"kill": " [signal]", "ps": " [ps options]", "exec": " <command> [args]"}.get(command, "")
     del most
-    return "\n".join([f"{name} {command}: {about}", "", f"Usage: {name} {command} [options]{words}", "", *_flags(table)]) + "\n"
+    return (
+        "\n".join([f"{name} {command}: {about}", "", f"Usage: {name} {command} [options]{words}", "", *_flags(table)])
+        + "\n"
+    )
 
 
 def _flags(table: Table) -> list[str]:

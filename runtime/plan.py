@@ -1,5 +1,7 @@
 """What the runtime knows before it forks, shared by memory with the process that becomes the container."""
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import os
@@ -91,7 +93,7 @@ def take_streams(stdio: tuple[int, int, int] | None) -> None:
     """Make these descriptors 0, 1 and 2, whatever order they come in."""
     if stdio is None:
         return
-    import fcntl  # noqa: PLC0415 - only where streams are moved
+    import fcntl
 
     safe = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in stdio]
     for number, fd in enumerate(safe):

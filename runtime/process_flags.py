@@ -141,5 +141,3 @@ def _size(flag: str, text: str) -> int:
     if not number.isdigit():
         raise ContainerError(f"invalid value for {flag}: invalid size: '{text}'", INVALID)
     return int(number) * _SIZES[unit]
-
-

@@ -1,8 +1,8 @@
 """A container's root filesystem before anybody lives in it: paths in it are opened, made and mounted on by descriptor.
 
 The root is untrusted: an image may hold any symlink, and another container may swap one while we look (a shared
-volume). So a path is resolved once, by the kernel, with the root as its world (openat2(2), RESOLVE_IN_ROOT), and what is
-done is done to the descriptor. Nothing here ever joins the root's path with one from the configuration.
+volume). So a path is resolved once, by the kernel, with the root as its world (openat2(2), RESOLVE_IN_ROOT), and what
+is done is done to the descriptor. Nothing here ever joins the root's path with one from the configuration.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ All of it runs in the container's mount namespace, as the process that will be i
 namespace with it, so nothing has to be undone by hand.
 """
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import errno
@@ -166,7 +168,7 @@ class Rootfs:
             os.close(target)
         if below >= 0:
             if copy_up:
-                from wherry.runtime import copyup  # noqa: PLC0415 - few ask for it
+                from wherry.runtime import copyup
 
                 over = self.root.open(destination, os.O_RDONLY | os.O_DIRECTORY)
                 copyup.copy_tree(below, over)

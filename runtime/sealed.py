@@ -11,11 +11,12 @@ the executable that are mapped are exchanged in place for the same pages of the 
 old kernel), the process executes itself once more from the overlay, or from a sealed copy in memory.
 """
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 
 from wherry.linux import process
@@ -28,6 +29,8 @@ _ALL_SEALS = _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW | _SEAL_WRITE
 _MARK = "_WHERRY_SEALED"  # set in the environment for the second start, so that it can't become a third
 _MREMAP_MAYMOVE_FIXED = 1 | 2
 _PT_LOAD = 1
+_MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 2, 16, 32
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def is_sealed() -> bool:
@@ -40,7 +43,7 @@ def is_sealed() -> bool:
 
 
 def _fd_is_sealed(fd: int) -> bool:
-    import fcntl  # noqa: PLC0415 - a shared object; loaded only on this path
+    import fcntl
 
     try:
         return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _SEAL_WRITE)
@@ -117,7 +120,7 @@ def _second_layer(folder: str) -> str:
 
 def memory_executable() -> int:
     """A sealed copy of the executable in memory, for hosts without overlayfs."""
-    import fcntl  # noqa: PLC0415
+    import fcntl
 
     copy = os.memfd_create("wherry-runtime", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     source = os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC)
@@ -140,7 +143,7 @@ def memory_executable() -> int:
 
 def _execute_again(fd: int) -> None:
     """Start over from the sealed file. The interpreter finds its installation by argv[0], which is sys.executable."""
-    import sys  # noqa: PLC0415
+    import sys
 
     if os.environ.get(_MARK):
         raise OSError(errno.ELOOP, "the process was executed from a sealed copy, and yet isn't sealed")
@@ -178,7 +181,7 @@ def _first_written_offset(fd: int) -> int:
         kind, flags = int.from_bytes(entry[0:4], "little"), int.from_bytes(entry[4:8], "little")
         if kind == _PT_LOAD and flags & 2:
             first = min(first, int.from_bytes(entry[8:16], "little"))
-    return first & ~(mmap.PAGESIZE - 1)
+    return first & ~(_PAGE - 1)
 
 
 def _seal_in_place(fd: int) -> None:
@@ -202,10 +205,10 @@ def _seal_in_place(fd: int) -> None:
     for item in mappings:
         size = item.end - item.start
         if item.offset < written and not item.protection & 2:
-            flags = mmap.MAP_PRIVATE | 0x10  # MAP_FIXED
+            flags = _MAP_PRIVATE | _MAP_FIXED
             placed = c_mmap(item.start, size, item.protection, flags, fd, item.offset)
         else:
-            copy = c_mmap(None, size, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+            copy = c_mmap(None, size, 3, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
             if copy == failed:
                 raise OSError(ctypes.get_errno(), "mmap")
             ctypes.memmove(copy, item.start, size)

@@ -10,6 +10,7 @@ import json
 import os
 
 from wherry.linux.namespaces import FLAGS as NAMESPACES
+from wherry.runtime import hooks
 from wherry.runtime.errors import INVALID, ContainerError, invalid
 
 TYPE_CHECKING = False
@@ -41,11 +42,9 @@ RLIMITS = {
 }
 """getrlimit(2); the numbers are the same on all machines but alpha, mips and sparc."""
 
-HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 PROPAGATIONS = ("", *(r + p for p in ("private", "shared", "slave", "unbindable") for r in ("", "r")))
 _IPC_SYSCTLS = frozenset(
-    "kernel.msgmax kernel.msgmnb kernel.msgmni kernel.sem kernel.shmall kernel.shmmax kernel.shmmni "
-    "kernel.shm_rmid_forced".split()
+    "kernel." + name for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
 )
 _UNSIGNED_32 = 0xFFFFFFFF
 
@@ -140,6 +139,16 @@ def validate_process(process: Any, path: str = "process") -> None:
     capabilities = get(process.get("capabilities"), f"{path}.capabilities", dict, {})
     for key in capabilities:
         _strings(capabilities[key], f"{path}.capabilities.{key}")
+    _validate_rlimits(process, path)
+    score = get(process.get("oomScoreAdj"), f"{path}.oomScoreAdj", int, 0)
+    if not -1000 <= score <= 1000:
+        raise invalid(f"{path}.oomScoreAdj", f"{score} is not between -1000 and 1000")
+    size = get(process.get("consoleSize"), f"{path}.consoleSize", dict, {})
+    for key in ("height", "width"):
+        _unsigned(size.get(key), f"{path}.consoleSize.{key}")
+
+
+def _validate_rlimits(process: Spec, path: str) -> None:
     seen: set[str] = set()
     for where, limit in _objects(process.get("rlimits"), f"{path}.rlimits"):
         name = get(limit.get("type"), f"{where}.type", str, "")
@@ -151,12 +160,6 @@ def validate_process(process: Any, path: str = "process") -> None:
         hard = _unsigned(limit.get("hard"), f"{where}.hard", 2**64 - 1)
         if _unsigned(limit.get("soft"), f"{where}.soft", 2**64 - 1) > hard:
             raise invalid(f"{where}.soft", f"is above the hard limit {hard}")
-    score = get(process.get("oomScoreAdj"), f"{path}.oomScoreAdj", int, 0)
-    if not -1000 <= score <= 1000:
-        raise invalid(f"{path}.oomScoreAdj", f"{score} is not between -1000 and 1000")
-    size = get(process.get("consoleSize"), f"{path}.consoleSize", dict, {})
-    for key in ("height", "width"):
-        _unsigned(size.get(key), f"{path}.consoleSize.{key}")
 
 
 def _validate_mounts(spec: Spec) -> None:
@@ -172,9 +175,9 @@ def _validate_mounts(spec: Spec) -> None:
 
 
 def _validate_hooks(spec: Spec) -> None:
-    hooks = get(spec.get("hooks"), "hooks", dict, {})
-    for kind in HOOKS:
-        for where, hook in _objects(hooks.get(kind), f"hooks.{kind}"):
+    given = get(spec.get("hooks"), "hooks", dict, {})
+    for kind in hooks.KINDS:
+        for where, hook in _objects(given.get(kind), f"hooks.{kind}"):
             if not get(hook.get("path"), f"{where}.path", str, "").startswith("/"):
                 raise invalid(f"{where}.path", "must be an absolute path")
             _strings(hook.get("args"), f"{where}.args")
@@ -277,7 +280,3 @@ def namespaces_of(spec: Spec) -> dict[str, str]:
     """kind → path to join, or "" for a new one."""
     items = (spec.get("linux") or {}).get("namespaces") or []
     return {item["type"]: item.get("path") or "" for item in items}
-
-
-def hooks_of(spec: Spec, kind: str) -> list[dict[str, Any]]:
-    return (spec.get("hooks") or {}).get(kind) or []

@@ -12,6 +12,8 @@ executes the user's program, and opening a fifo to write without blocking succee
 read. So whatever command is killed wherever it is, the answer is right.
 """
 
+# ruff: noqa: PLC0415 - each command pays only for the modules that it needs; `container.preload` loads them all
+
 from __future__ import annotations
 
 import errno
@@ -19,11 +21,12 @@ import json
 import os
 
 from wherry.linux import process
+from wherry.linux import syscalls as sc
 from wherry.runtime.errors import EXISTS, INVALID, NOT_FOUND, ContainerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Self
 
 CREATING, CREATED, RUNNING, PAUSED, STOPPED = "creating", "created", "running", "paused", "stopped"
 FIFO = "exec.fifo"
@@ -83,11 +86,12 @@ class State:
             raise ContainerError("container with given ID already exists", EXISTS) from None
         os.mkfifo(self.fifo, 0o600)
 
-    def save(self, spec: dict[str, Any] | None = None) -> None:
-        """Write state.json (and config.json, if given)."""
+    def save_spec(self, spec: dict[str, Any]) -> None:
+        _write(os.path.join(self.folder, "config.json"), json.dumps(spec))
+
+    def save(self) -> None:
+        """Write state.json."""
         values = {key: value for key, value in self.__dict__.items() if key != "root"}
-        if spec is not None:
-            _write(os.path.join(self.folder, "config.json"), json.dumps(spec))
         _write(os.path.join(self.folder, "state.json"), json.dumps(values))
 
     def remove(self) -> None:
@@ -207,7 +211,7 @@ def load(root: str, container_id: str) -> State:
 
 def now() -> str:
     """The time as Go's RFC3339Nano prints it: 2026-01-02T03:04:05.678901234Z."""
-    import time  # noqa: PLC0415 - a builtin
+    import time
 
     nanoseconds = time.time_ns()
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(nanoseconds // 10**9))
@@ -222,12 +226,10 @@ class Lock:
     """
 
     def __init__(self, state: State) -> None:
-        import fcntl  # noqa: PLC0415
-
         self.fd = os.open(state.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
+        sc.flock(self.fd)
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,7 +25,10 @@ def build_busybox_rootfs(path: str | os.PathLike[str]) -> str:
         if applet != "busybox":
             os.symlink("busybox", os.path.join(root, "bin", applet))
     for name, text in (
-        ("passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\nwherry:x:1000:1000::/home:/bin/sh\n"),
+        (
+            "passwd",
+            "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\nwherry:x:1000:1000::/home:/bin/sh\n",
+        ),
         ("group", "root:x:0:\nnogroup:x:65534:\nwherry:x:1000:\nextra:x:2000:wherry\n"),
         ("resolv.conf", ""),
         ("hosts", "127.0.0.1 localhost\n"),
