@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from wherry.core import topics
@@ -358,7 +359,8 @@ class ContentStore:
         """Remove the files of blobs that no record names any more; those that one names stay."""
         for digest in digests:
             async with self._file_lock(digest):
-                if await self._metadata.read(lambda db, digest=digest: _is_used(db, digest)):  # type: ignore[misc]
+                # asked in the writer's queue: behind every commit that is on its way, also a cancelled caller's
+                if await self._metadata.write(partial(_is_used, digest=digest)):
                     continue
                 self._drop_cached(digest)
                 await self.run(files.remove_blob, self.tree.blob(digest))

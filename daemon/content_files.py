@@ -36,8 +36,9 @@ class Tree:
 
     def make(self) -> None:
         """Make the folders that aren't there."""
-        os.makedirs(os.path.join(self.blobs, "sha256"), mode=0o755, exist_ok=True)
-        os.makedirs(self.ingests, mode=0o755, exist_ok=True)
+        os.makedirs(self.root, mode=0o755, exist_ok=True)
+        for folder in (self.blobs, os.path.join(self.blobs, "sha256"), self.ingests):
+            make_folder(folder)
 
     def blob(self, digest: str) -> str:
         """The path of a blob; `digest` must have been checked."""
@@ -68,14 +69,33 @@ class Tree:
             return []
 
 
+def make_folder(path: str) -> None:
+    """Make a folder, on disk, if it isn't there."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o755)
+        sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str) -> None:
+    """The names in a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def open_data(folder: str, algorithm: str, keep: bool) -> tuple[int, HASH, int]:
     """Open an upload's file to append: its descriptor, the hash and the size of what is there.
 
     `keep` goes on with what is there, hashing it anew; otherwise it starts from nothing.
     """
-    os.makedirs(folder, mode=0o755, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC)
-    fd = os.open(os.path.join(folder, "data"), flags, 0o644)
+    try:
+        os.makedirs(folder, mode=0o755, exist_ok=True)
+        fd = os.open(os.path.join(folder, "data"), flags, 0o644)
+    except OSError as error:
+        raise disk_error(error, "open upload") from error
     try:
         state = hashlib.new(algorithm)
         size = hash_file(fd, state)
@@ -130,14 +150,10 @@ def publish(data: str, target: str) -> None:
     """Make an upload's synced file the blob `target`, on disk; one that is already there is as good."""
     folder = os.path.dirname(target)
     try:
-        os.makedirs(folder, mode=0o755, exist_ok=True)
+        make_folder(folder)
         os.chmod(data, 0o444)
         os.rename(data, target)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(folder)
     except OSError as error:
         raise disk_error(error, "commit content") from error
 

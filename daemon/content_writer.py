@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from wherry.core.digest import Digest
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, WherryError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from _hashlib import HASH
 
     from wherry.daemon.content import ContentStore
+
+T = TypeVar("T")
 
 # bytes that are gathered before a thread writes them: a hop to a thread costs about as much as hashing 50 KiB
 FLUSH_SIZE = 1 << 20
@@ -68,11 +70,13 @@ class ContentWriter:
 
     async def open(self, *, keep: bool) -> None:
         """Open the file; `keep` goes on with what is there. For the store."""
-        folder = self._store.tree.ingest(self.id)
+        opening = self._store.run(files.open_data, self._store.tree.ingest(self.id), self._algorithm, keep)
         try:
-            self._fd, self._hash, self.offset = await self._run(files.open_data, folder, self._algorithm, keep)
-        except OSError as error:
-            raise files.disk_error(error, "open upload") from error
+            await self._ended(opening)
+        finally:
+            # also when cancelled: what the thread opened is closed by `close`
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                self._fd, self._hash, self.offset = opening.result()
         if self.offset:
             self.updated_at.FromNanoseconds(os.fstat(self._fd).st_mtime_ns)
 
@@ -201,12 +205,12 @@ class ContentWriter:
             raise FailedPrecondition(f"unexpected commit size {self.offset}, expected {size}: failed precondition")
         digest = await self.digest()
         if expected and expected != digest and expected.partition(":")[0] != self._algorithm and not self.shared:
-            digest = await self._run(_rehash, self._fd, expected.partition(":")[0])
+            digest = await self._ended(self._store.run(_rehash, self._fd, expected.partition(":")[0]))
         if expected and expected != digest:
             self._discard = True
             raise FailedPrecondition(f"unexpected commit digest {digest}, expected {expected}: failed precondition")
         if not self.shared:
-            await self._run(files.sync, self._fd)
+            await self._ended(self._store.run(files.sync, self._fd))
         return digest, self.offset
 
     async def _flush(self) -> None:
@@ -214,7 +218,7 @@ class ContentWriter:
         await self._settle()
         chunks, self._pending, self._pending_size = self._pending, [], 0
         if chunks:
-            self._flushing = self._run(files.append, self._fd, chunks, self._need_hash())
+            self._flushing = self._store.run(files.append, self._fd, chunks, self._need_hash())
 
     async def _settle(self) -> None:
         """Wait for the write that is under way; its error is raised here."""
@@ -241,7 +245,7 @@ class ContentWriter:
         source = self._store.tree.blob(self.shared)
         self.shared = ""
         await self.open(keep=False)
-        self.offset = await self._run(files.copy, source, self._fd, self._need_hash())
+        self.offset = await self._ended(self._store.run(files.copy, source, self._fd, self._need_hash()))
 
     def _need_hash(self) -> HASH:
         if self._hash is None:
@@ -254,8 +258,13 @@ class ContentWriter:
         if self._closed:
             raise FailedPrecondition("cannot commit on closed writer: failed precondition")
 
-    def _run(self, function: Any, *args: Any) -> asyncio.Future[Any]:
-        return self._store.run(function, *args)
+    async def _ended(self, work: asyncio.Future[T]) -> T:
+        """What a thread's work comes to. It is waited for also when cancelled: nobody may close its descriptor."""
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
 
 
 def _rehash(fd: int, algorithm: str) -> str:

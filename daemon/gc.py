@@ -89,6 +89,7 @@ class Collector:
         self._collections = 0
         self._seconds = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def start(self) -> None:
         """Sweep files without a record, then watch the metadata and run by the policy. Before anything is served."""
@@ -138,10 +139,10 @@ class Collector:
 
     async def close(self) -> None:
         """Stop running by itself; a collection that is under way is finished."""
+        self._closing = True
+        self._wake.set()
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await self._task
         async with self._lock:
             pass
 
@@ -211,14 +212,17 @@ class Collector:
                 self._wake.set()
 
     async def _schedule(self) -> None:
-        """Run for ever: after the start, then whenever there may be garbage and enough time has passed."""
+        """Run until `close`: after the start, then whenever there may be garbage and enough time has passed."""
         policy = self._policy
         delay = policy.startup_delay
         first = True
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), delay)
-                await asyncio.sleep(policy.schedule_delay)
+                if not self._closing:
+                    await asyncio.sleep(policy.schedule_delay)
+            if self._closing:
+                return
             self._wake.clear()
             mutated = 0 < policy.mutation_threshold <= self._mutations
             if first or self._deletions or mutated:

@@ -12,12 +12,13 @@ be (`origin`), so that a crash in between is finished or taken back at the next 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
@@ -71,6 +72,7 @@ class SnapshotStore:
         # backend keys whose records are gone and whose files are not yet
         self._garbage: dict[str, set[str]] = {name: set() for name in snapshotters}
         self._draining: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +100,8 @@ class SnapshotStore:
         Raises AlreadyExists (the key, or the name in the label `containerd.io/snapshot.ref`; the lease holds that
         then), NotFound (the parent, the lease), InvalidArgument.
         """
-        mounts = await self._make(pb.ACTIVE, Scope(namespace, snapshotter, lease), key, parent, labels)
+        made = self._make(pb.ACTIVE, Scope(namespace, snapshotter, lease), key, parent, labels)
+        mounts = await self._whole(made)
         event = events_pb2.SnapshotPrepare(key=key, parent=parent, snapshotter=snapshotter)
         self._publish(namespace, topics.SNAPSHOT_PREPARE, event)
         return mounts
@@ -114,13 +117,14 @@ class SnapshotStore:
         lease: str | None = None,
     ) -> Sequence[Mount]:
         """Make a snapshot that can only be read; errors as `prepare`."""
-        return await self._make(pb.VIEW, Scope(namespace, snapshotter, lease), key, parent, labels)
+        return await self._whole(self._make(pb.VIEW, Scope(namespace, snapshotter, lease), key, parent, labels))
 
     async def mounts(self, namespace: str, snapshotter: str, key: str) -> Sequence[Mount]:
         """The mounts that show an active snapshot or a view. Raises NotFound, FailedPrecondition."""
         record = self._record(namespace, snapshotter, key)
         backend = self._backend(snapshotter)
-        return await self._run(snapshotter, lambda: list(backend.mounts(record.backend)))
+        with _called({record.backend: key}):
+            return await self._run(snapshotter, lambda: list(backend.mounts(record.backend)))
 
     async def commit(
         self,
@@ -137,28 +141,10 @@ class SnapshotStore:
 
         `parent` as in `Snapshotter.commit`. Raises AlreadyExists (the name), NotFound, FailedPrecondition.
         """
-        backend = self._backend(snapshotter)
+        scope = Scope(namespace, snapshotter, lease)
         if not name:
             raise InvalidArgument("snapshot name must not be empty: invalid argument")
-        info = pb.Info(name=name, kind=pb.COMMITTED, labels=labels or {}, created_at=now())
-        info.updated_at.CopyFrom(info.created_at)
-        settle_labels(info.labels, "info.Labels")
-        scope = Scope(namespace, snapshotter, lease)
-        target = self._backend_key(namespace, name)
-        self._making.add(target)
-        try:
-            record, below = await self._metadata.write(
-                lambda db: begin_commit(db, scope, info, key=key, backend=target, parent=parent)
-            )
-            inherited = _inherited(info.labels)
-            try:
-                await self._run(snapshotter, lambda: backend.commit(target, record.backend, inherited, below))
-            except WherryError:
-                await self._metadata.write(lambda db: undo_commit(db, scope, name))
-                raise
-            await self._metadata.write(lambda db: end_commit(db, scope, name), durable=True)
-        finally:
-            self._making.discard(target)
+        await self._whole(self._commit(scope, name, key, labels, parent))
         event = events_pb2.SnapshotCommit(key=key, name=name, snapshotter=snapshotter)
         self._publish(namespace, topics.SNAPSHOT_COMMIT, event)
 
@@ -271,6 +257,7 @@ class SnapshotStore:
 
     async def close(self) -> None:
         """End the threads and close the snapshotters. What is not removed yet is found at the next start."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for task in self._draining.values():
             task.cancel()
         await asyncio.gather(*self._draining.values(), return_exceptions=True)
@@ -304,16 +291,20 @@ class SnapshotStore:
         below = ""
         if parent:
             try:
-                below = self._record(namespace, snapshotter, parent).backend
+                record = self._record(namespace, snapshotter, parent)
             except NotFound:
                 raise NotFound(f"parent snapshot {parent} does not exist: not found") from None
+            if record.info.kind != pb.COMMITTED:
+                raise InvalidArgument(f"parent {quote(parent)} is not committed snapshot: invalid argument")
+            below = record.backend
         make = backend.view if kind == pb.VIEW else backend.prepare
         backend_key = self._backend_key(namespace, key)
         inherited = _inherited(info.labels)
         self._making.add(backend_key)
         try:
             try:
-                mounts = await self._run(snapshotter, lambda: list(make(backend_key, below, inherited)))
+                with _called({backend_key: key, below: parent}):
+                    mounts = await self._run(snapshotter, lambda: list(make(backend_key, below, inherited)))
             except AlreadyExists:
                 await self._adopt(scope, info, below)
                 raise
@@ -325,6 +316,36 @@ class SnapshotStore:
             return mounts
         finally:
             self._making.discard(backend_key)
+
+    async def _commit(self, scope: Scope, name: str, key: str, labels: Mapping[str, str] | None, parent: str) -> None:
+        snapshotter = scope.snapshotter
+        backend = self._backend(snapshotter)
+        info = pb.Info(name=name, kind=pb.COMMITTED, labels=labels or {}, created_at=now())
+        info.updated_at.CopyFrom(info.created_at)
+        settle_labels(info.labels, "info.Labels")
+        target = self._backend_key(scope.namespace, name)
+        self._making.add(target)
+        try:
+            record, below = await self._metadata.write(
+                lambda db: begin_commit(db, scope, info, key=key, backend=target, parent=parent)
+            )
+            inherited = _inherited(info.labels)
+            try:
+                with _called({record.backend: key, target: name, below: parent}):
+                    await self._run(snapshotter, lambda: backend.commit(target, record.backend, inherited, below))
+            except WherryError:
+                await self._metadata.write(lambda db: undo_commit(db, scope, name))
+                raise
+            await self._metadata.write(lambda db: end_commit(db, scope, name), durable=True)
+        finally:
+            self._making.discard(target)
+
+    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do all of what changes files and records, also when its caller is cancelled half-way."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def _refuse_known(self, scope: Scope, what: str, key: str) -> None:
         """Raise AlreadyExists for what is there, after the lease got hold of it."""
@@ -404,6 +425,18 @@ class SnapshotStore:
     async def _run(self, snapshotter: str, work: Callable[[], T]) -> T:
         """Run blocking work of a snapshotter in its thread. A cancelled caller's work is done all the same."""
         return await asyncio.get_running_loop().run_in_executor(self._threads[snapshotter], work)
+
+
+@contextlib.contextmanager
+def _called(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors of the snapshotter speak of a tenant's keys: its own are nobody's business."""
+    try:
+        yield
+    except WherryError as error:
+        text = error.message
+        for inner, outer in names.items():
+            text = text.replace(inner, outer) if inner else text
+        raise type(error)(text) from error
 
 
 def _shown(info: pb.Info, inner: interface.Info) -> pb.Info:

@@ -390,6 +390,26 @@ async def test_two_commits_and_a_removal_of_one_blob_at_once(tmp_path: Path) -> 
                 assert all_.blob(digest_of(data)).exists()
 
 
+async def test_a_caller_that_goes_away_leaves_no_record_without_its_file(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with stores(tmp_path) as all_:
+        opened = len(os.listdir("/proc/self/fd"))
+        data = [os.urandom(1 << 20) for _ in range(20)]
+        for number, part in enumerate(data):
+            writing = asyncio.create_task(all_.content.put(NS, f"r{number}", part))
+            await asyncio.sleep(number * 0.0003)
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+        await asyncio.sleep(0.2)
+        for info in await all_.content.list(NS):
+            assert digest_of(all_.blob(info.digest).read_bytes()) == info.digest
+        assert len(os.listdir("/proc/self/fd")) == opened
+        # and each can be done again
+        for number, part in enumerate(data):
+            assert (await all_.content.put(NS, f"r{number}", part)).digest == digest_of(part)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], check=True)

@@ -23,6 +23,15 @@ async def layer(all_: Stores, snapshotter: str, name: str, parent: str = "", nam
     await all_.snapshots.commit(namespace, snapshotter, name, f"prepare {name}")
 
 
+async def directories(root: Path, snapshotter: str, expected: int) -> int:
+    """How many snapshots' directories there are, given a moment to become as many as expected."""
+    for _ in range(100):
+        if len(os.listdir(root / "snapshotter" / snapshotter / "snapshots")) == expected:
+            break
+        await asyncio.sleep(0.01)
+    return len(os.listdir(root / "snapshotter" / snapshotter / "snapshots"))
+
+
 @BOTH
 async def test_the_life_of_a_snapshot(tmp_path: Path, name: str) -> None:
     async with stores(tmp_path) as all_:
@@ -63,8 +72,7 @@ async def test_the_life_of_a_snapshot(tmp_path: Path, name: str) -> None:
         for key in ("k2", "v", "layer"):
             await service.remove(pb.RemoveSnapshotRequest(snapshotter=name, key=key), call())
         await service.cleanup(pb.CleanupRequest(snapshotter=name), call())
-        folder = tmp_path / "snapshotter" / name / "snapshots"
-        assert list(folder.iterdir()) == []
+        assert await directories(tmp_path, name, 0) == 0
         assert (
             all_.topics() == ["/snapshot/prepare", "/snapshot/commit", "/snapshot/prepare"] + ["/snapshot/remove"] * 3
         )
@@ -105,7 +113,7 @@ async def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
         )
         assert sum(isinstance(result, AlreadyExists) for result in results) == 4
         await all_.snapshots.cleanup("native")
-        assert len(list((tmp_path / "snapshotter" / "native" / "snapshots").iterdir())) == 3
+        assert await directories(tmp_path, "native", 3) == 3
 
 
 async def test_a_key_can_be_used_again_at_once(tmp_path: Path) -> None:
@@ -129,8 +137,11 @@ async def test_what_can_not_be_committed(tmp_path: Path, name: str) -> None:
             await all_.snapshots.commit(NS, name, "n", "layer")
         with pytest.raises(NotFound, match="snapshot none does not exist"):
             await all_.snapshots.commit(NS, name, "n", "none")
-        with pytest.raises(InvalidArgument):
+        with pytest.raises(InvalidArgument, match='parent "v" is not committed snapshot: invalid argument'):
             await all_.snapshots.prepare(NS, name, "k", "v")
+        with pytest.raises(FailedPrecondition) as error:
+            await all_.snapshots.mounts(NS, name, "layer")
+        assert error.value.message == "requested snapshot layer not active nor view: failed precondition"
         assert [info.name for info in await all_.snapshots.list(NS, name)] == ["layer", "v"]
 
 
@@ -257,3 +268,17 @@ async def test_a_snapshotter_that_has_the_layer_itself(tmp_path: Path) -> None:
         stat = await all_.snapshots.stat(NS, "native", "sha256:chain")
         assert stat.kind == pb.COMMITTED
         await all_.snapshots.prepare(NS, "native", "k", "sha256:chain")
+
+
+async def test_a_caller_that_goes_away_leaves_nothing_half_made(tmp_path: Path) -> None:
+    async with stores(tmp_path) as all_:
+        await layer(all_, "native", "layer")
+        for number in range(20):
+            making = asyncio.create_task(all_.snapshots.prepare(NS, "native", f"k{number}", "layer"))
+            await asyncio.sleep(number * 0.0001)
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        records = {info.name for info in await all_.snapshots.list(NS, "native")}
+        backends = {info.name.split("/", 2)[2] for info in all_.snapshots._snapshotters["native"].walk()}
+        assert records == backends
