@@ -17,6 +17,7 @@ def build_busybox_rootfs(path: str | os.PathLike[str]) -> str:
     root = os.fspath(path)
     for folder in FOLDERS:
         os.makedirs(os.path.join(root, folder), exist_ok=True)
+    os.chmod(root, 0o755)  # a temporary folder has 0700, and users besides root live in here
     os.chmod(os.path.join(root, "tmp"), 0o1777)
     busybox = shutil.which("busybox") or "/bin/busybox"
     shutil.copy(busybox, os.path.join(root, "bin/busybox"))
