@@ -21,8 +21,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "base-files base-passwd bash busybox-static coreutils dbus findutils grep gzip iproute2 kmod libc-bin libseccomp2 "
-    "linux-image-cloud-amd64 mount procps python3 sed systemd systemd-sysv tar udev util-linux"
+    "base-files base-passwd bash busybox-static coreutils dbus findutils grep gzip iproute2 kmod libc-bin "
+    "libseccomp2 libstdc++6 linux-image-cloud-amd64 mount procps python3 sed systemd systemd-sysv tar udev util-linux"
 )
 #: Pulled in by dependencies of scripts that never run here.
 _LEFT_OUT = ("perl", "libperl", "usrmerge", "debconf", "initramfs-tools", "klibc", "libklibc", "adduser", "gcc-12-base")
@@ -168,6 +168,7 @@ def _users(root: Path) -> None:
     (root / "etc/hostname").write_text("wherry-vm\n")
     (root / "etc/fstab").touch()
     (root / "usr/bin/python3").exists() or (root / "usr/bin/python3").symlink_to(f"python{_PYTHON}")
+    (root / "usr/bin/sh").exists() or (root / "usr/bin/sh").symlink_to("bash")
     for command in (["systemd-sysusers"], ["ldconfig"]):
         _run("chroot", root, *command)
 

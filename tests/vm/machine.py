@@ -77,16 +77,15 @@ class Machine:
             *("-device", "virtserialport,chardev=agent,name=agent,nr=1"),
             *("-serial", f"file:{console}"),
         ]
-        self._qemu = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(self._folder / "qemu").open("wb")
-        )
+        with (self._folder / "qemu").open("wb") as messages:
+            self._qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
         started = time.monotonic()
         try:
             self._port, _ = listener.accept()
             self._receive(_BOOT_SECONDS)
         except (OSError, EOFError) as error:
-            messages = f"{(self._folder / 'qemu').read_text()}\n{self.console()}"
-            raise RuntimeError(f"the VM didn't boot within {_BOOT_SECONDS} s:\n{messages}") from error
+            said = f"{(self._folder / 'qemu').read_text()}\n{self.console()}"
+            raise RuntimeError(f"the VM didn't boot within {_BOOT_SECONDS} s:\n{said}") from error
         finally:
             listener.close()
         self.boot_seconds = time.monotonic() - started
@@ -133,6 +132,12 @@ class Machine:
         if keep := os.environ.get("WHERRY_VM_CONSOLE"):
             shutil.copy(self._folder / "console", keep)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def remove(machine: Machine, name: str) -> None:
+    """Kill a container's task and remove both. (`tasks delete` exits with the container's code, as ctr does.)"""
+    machine.run(f"wherry tasks delete --force {name}")
+    machine.check(f"wherry containers rm {name}")
 
 
 def _write_tree(target: Path) -> None:
