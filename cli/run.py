@@ -13,7 +13,7 @@ from wherry.cli.table import Command
 from wherry.client.fifos import Fifos
 from wherry.client.launch import create, remove
 from wherry.client.tasks import Stdio
-from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.errors import InvalidArgument, NotFound, WherryError
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
@@ -147,17 +147,21 @@ def follow(
         return Attachment(fifos, waiter, session.client, container, exec_id).run().status
 
 
-async def kill_task(client: Client, container: str) -> None:
-    """Ends a task whatever state it is in; what goes wrong here hides nothing that went wrong before."""
+async def kill_task(client: Client, container: str, exec_id: str = "") -> None:
+    """Ends and removes a process whatever state it is in; what goes wrong hides nothing that went wrong before."""
+    tasks = client.tasks
     with contextlib.suppress(WherryError):
         try:
-            await client.tasks.delete(container)
-        except FailedPrecondition:
-            waiting = client.tasks.waiting(container)
+            await tasks.delete(container, exec_id)
+        except NotFound:
+            return
+        except WherryError:
+            # it runs: daemons and shims have several kinds and texts for that
+            waiting = tasks.waiting(container, exec_id)
             with contextlib.suppress(NotFound):
-                await client.tasks.kill(container, 9, every=True)
+                await tasks.kill(container, 9, exec_id, every=not exec_id)
             await waiting.result()
-            await client.tasks.delete(container)
+            await tasks.delete(container, exec_id)
 
 
 def _write_pid(path: str, pid: int) -> None:

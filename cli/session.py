@@ -51,7 +51,7 @@ class Session:
             raise
         except Unavailable as error:
             raise NoDaemon(
-                f"no daemon answers at {self.address} ({error.message}).\n"
+                f"no daemon answers at {self.address} ({_reason(error.message)}).\n"
                 "Start one with 'systemctl start wherryd' or 'wherryd &', name another with --address, or let this "
                 "command bring its own: 'wherry --embedded ...'."
             ) from error
@@ -73,3 +73,8 @@ class Session:
         if self._daemon is not None:
             self._daemon.stop()
             self._daemon = None
+
+
+def _reason(text: str) -> str:
+    """Why a connection failed, without what the message around it says anyway: `connection to PATH: refused: …`."""
+    return text.removesuffix(": unavailable").rpartition(": ")[2]

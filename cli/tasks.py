@@ -17,7 +17,7 @@ from wherry.client.fifos import Fifos, discard
 from wherry.client.launch import Launched
 from wherry.client.spec import merge_env
 from wherry.client.tasks import Process
-from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.errors import FailedPrecondition, InvalidArgument, WherryError
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
@@ -69,23 +69,10 @@ async def exec_(session: Session, args: argparse.Namespace) -> int:
             return follow(session, fifos, waiter, args.id, name, tty=args.tty, signals=args.sig_proxy)
         finally:
             if not detached:
-                await _delete_process(client, args.id, name)
+                await kill_task(client, args.id, name)
     finally:
         if fifos is not None:
             fifos.release() if detached else fifos.close()
-
-
-async def _delete_process(client: Client, container: str, name: str) -> None:
-    try:
-        await client.tasks.delete(container, name)
-    except FailedPrecondition:
-        # still running: what follows it was interrupted
-        await client.tasks.kill(container, 9, name)
-        await client.tasks.wait(container, name)
-        await client.tasks.delete(container, name)
-    except NotFound:
-        # the container ended and took it along
-        pass
 
 
 async def _process(client: Client, container: Container, args: argparse.Namespace) -> dict[str, Any]:
@@ -165,10 +152,7 @@ async def delete(session: Session, args: argparse.Namespace) -> int:
 
 async def _delete(client: Client, task: Process, name: str, args: argparse.Namespace) -> int:
     if args.force and task.status not in {"STOPPED", "UNKNOWN"}:
-        if args.exec_id:
-            await _delete_process(client, name, args.exec_id)
-        else:
-            await kill_task(client, name)
+        await kill_task(client, name, args.exec_id)
         return 0
     if task.status not in {"STOPPED", "UNKNOWN"}:
         raise FailedPrecondition(f"task {name} is {task.status.lower()}: stop it first, or use --force")

@@ -71,19 +71,19 @@ def connect_blocking(address: str, connect_timeout: float | None = CONNECT_TIMEO
     Raises Unavailable, PermissionDenied.
     """
     from wherry.client.ttrpc_blocking import BlockingTtrpcTransport  # noqa: PLC0415 - programs with asyncio don't need it
+    from wherry.proto.ttrpc import sockets  # noqa: PLC0415
 
     beside = f"{address}.ttrpc"
-    if os.path.exists(beside):
+    try:
         transport = BlockingTtrpcTransport(beside, connect_timeout)
-        try:
-            transport.connect()
-        except Unavailable:
-            pass
-        else:
-            transport.fall_back = lambda: _grpc(address, connect_timeout)
-            return transport
-    check_socket(address)
-    return _grpc(address, connect_timeout)
+        transport.connect()
+    except Unavailable:
+        # nothing there: gRPC would try again for as long as it may, a person wants to know now
+        check_socket(address)
+        sockets.connect(address, connect_timeout).close()
+        return _grpc(address, connect_timeout)
+    transport.fall_back = lambda: _grpc(address, connect_timeout)
+    return transport
 
 
 def _grpc(address: str, connect_timeout: float | None) -> Transport:
