@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
+    from wherry.runtime.lifecycle import Starting
+
     T = TypeVar("T")
 
 
@@ -166,6 +168,13 @@ def start(root: str, id: str) -> None:  # noqa: A002
     from wherry.runtime import lifecycle
 
     lifecycle.start(root, id)
+
+
+def starting(root: str, id: str) -> Starting:  # noqa: A002
+    """`start` for a caller that must not block: tells init to go on; what comes back says how to wait for it."""
+    from wherry.runtime import lifecycle
+
+    return lifecycle.Starting(root, id)
 
 
 def exec_process(request: ExecRequest) -> int:

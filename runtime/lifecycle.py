@@ -38,27 +38,58 @@ def _cgroup_failure(what: str, error: BaseException) -> ContainerError:
 # -- start ------------------------------------------------------------------------------------------------------------
 
 
-def start(root: str, container_id: str) -> None:
-    """See `container.start`."""
-    found = state.load(root, container_id)
-    with state.Lock(found):
+class Starting:
+    """A start that is under way: init was told to go on, and `fd` polls POLLERR once it has executed the program.
+
+    For callers with a loop of their own, who wait for `fd` there; then `finish`, or `close` to give it up.
+    """
+
+    def __init__(self, root: str, container_id: str) -> None:
+        self._found = state.load(root, container_id)
+        self._lock = state.Lock(self._found)
+        self.fd = -1
         try:
-            fifo = os.open(found.fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno not in (errno.ENXIO, errno.ENOENT):
-                raise
-            if found.alive():
-                raise ContainerError("cannot start an already running container", PRECONDITION) from None
-            raise ContainerError("cannot start a container that has stopped", PRECONDITION) from None
-        try:
-            os.write(fifo, b"\0")
-            _wait_for_exec(fifo)
-        finally:
-            os.close(fifo)
-        failure = _read_failure(found)
+            self.fd = _open_fifo(self._found)
+            os.write(self.fd, b"\0")
+        except BaseException:
+            self.close()
+            raise
+
+    def finish(self) -> None:
+        """Raise the error of a program that couldn't be executed, else run the poststart hooks."""
+        failure = _read_failure(self._found)
         if failure:
             raise ContainerError(failure)
-        hooks.run(found.spec(), "poststart", {**found.oci(state.RUNNING), "pid": found.pid})
+        spec = self._found.spec()
+        hooks.run(spec, "poststart", {**self._found.oci(state.RUNNING), "pid": self._found.pid})
+
+    def close(self) -> None:
+        """Free what it holds."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self._lock.close()
+
+
+def start(root: str, container_id: str) -> None:
+    """See `container.start`."""
+    starting = Starting(root, container_id)
+    try:
+        _wait_for_exec(starting.fd)
+        starting.finish()
+    finally:
+        starting.close()
+
+
+def _open_fifo(found: state.State) -> int:
+    try:
+        return os.open(found.fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ENOENT):
+            raise
+        if found.alive():
+            raise ContainerError("cannot start an already running container", PRECONDITION) from None
+        raise ContainerError("cannot start a container that has stopped", PRECONDITION) from None
 
 
 def _wait_for_exec(fifo: int) -> None:

@@ -233,5 +233,10 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
-        self.fd = -1
+        self.close()
+
+    def close(self) -> None:
+        """Let others have it; may be called twice."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

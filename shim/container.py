@@ -79,7 +79,8 @@ class Container:
     async def create(self, request: task_v2_pb2.CreateTaskRequest) -> None:
         """Mount, open the streams, let the runtime make the container. What was done is undone if it fails."""
         try:
-            self._kill_rest = shares_pids(read_spec(self.bundle))
+            spec = read_spec(self.bundle)
+            self._kill_rest = shares_pids(spec)
             if self.settings.binary or self.options.root:
                 write_settings(self.settings)
             self._mount(request)
@@ -88,7 +89,7 @@ class Container:
                 self._prepare_restore(request)
                 return
             with self._shim.children:
-                pid = await self.runtime.create(self.id, self.init.io)
+                pid = await self.runtime.create(self.id, self.init.io, spec)
                 self.init.born(pid, self._init_exited)
             self.init.io.started()
             self._find_cgroup()

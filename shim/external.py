@@ -34,7 +34,7 @@ class External:
         self._settings = settings
         self._log = f"{settings.bundle}/log.json"
 
-    async def create(self, container: str, io: ProcessIO) -> int:
+    async def create(self, container: str, io: ProcessIO, spec: dict[str, Any]) -> int:
         settings = self._settings
         pid_file = f"{settings.bundle}/init.pid"
         command = ["create", "--bundle", settings.bundle, "--pid-file", pid_file]

@@ -6,12 +6,14 @@ Both raise `wherry.core.errors`, with texts that begin as containerd's do (`OCI 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
+import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -29,6 +31,9 @@ EXTERNAL_ROOT: Final = "/run/containerd/runc"
 BUNDLED_ROOT: Final = "/run/wherry/runtime"
 # names for the runtime that comes with Wherry
 BUNDLED_NAMES: Final = frozenset({"", "wherry-runtime"})
+
+# before an answer from a forked child: its length in bytes
+_LENGTH: Final = struct.Struct("=I")
 
 _KINDS: Final[dict[str, type[errors.WherryError]]] = {
     "invalid_argument": errors.InvalidArgument,
@@ -56,8 +61,8 @@ class Checkpoint:
 class OciRuntime(Protocol):
     """What the shim asks of a runtime. The caller is the subreaper of all that it starts."""
 
-    async def create(self, container: str, io: ProcessIO) -> int:
-        """Make the container of the bundle; the pid of its init, which waits for `start`."""
+    async def create(self, container: str, io: ProcessIO, spec: dict[str, Any]) -> int:
+        """Make the container of the bundle, whose config.json is `spec`; its init's pid, which waits for `start`."""
 
     async def start(self, container: str) -> None:
         """Let init go on."""
@@ -101,19 +106,26 @@ def kill_error(error: errors.WherryError) -> errors.WherryError:
 
 
 class Bundled:
-    """`wherry.runtime`, in a forked child for what builds or tears down, directly for what is a few system calls."""
+    """`wherry.runtime`, in a forked child for what may take long, directly for what is a few system calls.
+
+    A fork of the shim costs about 2 ms (pages that are copied, a process that ends), more than all that a start or a
+    delete does; they are forked only where hooks run, which may take as long as they like.
+    """
 
     def __init__(self, loop: Loop, children: Children, settings: RuntimeSettings) -> None:
         self._loop = loop
         self._children = children
         self._settings = settings
+        self._hooks = True  # until the specification is known to have none
 
-    async def create(self, container: str, io: ProcessIO) -> int:
+    async def create(self, container: str, io: ProcessIO, spec: dict[str, Any]) -> int:
         settings = self._settings
+        self._hooks = bool(spec.get("hooks"))
         request = bundled.CreateRequest(
             settings.root,
             container,
             settings.bundle,
+            spec=spec,
             stdio=io.child,
             console_fd=io.console.child_fd if io.console is not None else -1,
             pid_file=f"{settings.bundle}/init.pid",
@@ -125,7 +137,21 @@ class Bundled:
         return pid
 
     async def start(self, container: str) -> None:
-        await self._forked("OCI runtime start failed", bundled.start, self._settings.root, container)
+        failed = "OCI runtime start failed"
+        if self._hooks:
+            await self._forked(failed, bundled.start, self._settings.root, container)
+            return
+        with told_as(failed):
+            starting = bundled.starting(self._settings.root, container)
+            try:
+                executed = self._loop.future()
+                # a fifo's writing end is never readable: what is told is the error that nobody reads it any more
+                self._loop.on_read(starting.fd, lambda: executed.set(None))
+                await executed
+                starting.finish()
+            finally:
+                self._loop.forget(starting.fd)
+                starting.close()
 
     async def exec(self, container: str, exec_id: str, process: dict[str, Any], io: ProcessIO) -> int:
         settings = self._settings
@@ -149,8 +175,13 @@ class Bundled:
             raise kill_error(errors.WherryError(str(error))) from error
 
     async def delete(self, container: str, *, force: bool = False) -> None:
+        failed = "failed to delete task"
         try:
-            await self._forked("failed to delete task", bundled.delete, self._settings.root, container, force=force)
+            if self._hooks or force:
+                await self._forked(failed, bundled.delete, self._settings.root, container, force=force)
+            else:
+                with told_as(failed):
+                    bundled.delete(self._settings.root, container)
         except errors.WherryError as error:
             if not isinstance(error, errors.NotFound) and "does not exist" not in error.message:
                 raise
@@ -177,10 +208,19 @@ class Bundled:
         raise errors.Unimplemented("the bundled runtime can't restore: use runc or crun with criu: not implemented")
 
     async def _forked(self, failed: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-        try:
+        with told_as(failed):
             return await in_child(self._loop, self._children, function, *args, **kwargs)
-        except ContainerError as error:
-            raise _KINDS.get(error.kind, errors.WherryError)(f"{failed}: {error.message}") from error
+
+
+@contextlib.contextmanager
+def told_as(failed: str) -> Iterator[None]:
+    """Turn the runtime's errors into those of the task API, with what failed before them."""
+    try:
+        yield
+    except ContainerError as error:
+        raise _KINDS.get(error.kind, errors.WherryError)(f"{failed}: {error.message}") from error
+    except OSError as error:
+        raise errors.WherryError(f"{failed}: {error}") from error
 
 
 async def in_child(
@@ -198,7 +238,7 @@ async def in_child(
         os.close(write)
         ended = children.exited(pid)
     received = bytearray()
-    closed = loop.future()
+    answered = loop.future()
 
     def readable() -> None:
         try:
@@ -206,20 +246,24 @@ async def in_child(
         except BlockingIOError:
             return
         received.extend(data)
-        if not data:
+        # a whole answer is enough: the process that gave it takes another millisecond to end
+        if not data or _is_whole(received):
             loop.forget(read)
             os.close(read)
-            closed.set(None)
+            answered.set(None)
 
     loop.on_read(read, readable)
-    await closed
-    end = await ended
-    if not received:
-        raise errors.Internal(f"the runtime died with exit status {end.status}")
-    ok, value = pickle.loads(received)  # noqa: S301  # from our own fork
+    await answered
+    if len(received) <= _LENGTH.size:
+        raise errors.Internal(f"the runtime died with exit status {(await ended).status}")
+    ok, value = pickle.loads(received[_LENGTH.size :])  # noqa: S301  # from our own fork
     if ok:
         return value
     raise value
+
+
+def _is_whole(received: bytearray) -> bool:
+    return len(received) > _LENGTH.size and len(received) == _LENGTH.size + _LENGTH.unpack_from(received)[0]
 
 
 def _child(write: int, function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -234,6 +278,7 @@ def _child(write: int, function: Callable[..., Any], args: tuple[object, ...], k
         except OSError as error:
             answer = (False, ContainerError(str(error)))
         data = pickle.dumps(answer)
+        data = _LENGTH.pack(len(data)) + data
         os.set_blocking(write, True)
         while data:
             data = data[os.write(write, data) :]
