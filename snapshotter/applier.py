@@ -202,7 +202,10 @@ class Applier:
             self._idle.cancel()
             self._idle = None
         async with self._starting:
-            if self._worker is None or not self._worker.alive:
+            if self._worker is not None and not self._worker.alive:
+                self._worker.retire()
+                self._worker = None
+            if self._worker is None:
                 self._worker = await _Worker.start()
             return self._worker
 

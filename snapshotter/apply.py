@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from wherry.core.errors import InvalidArgument
 from wherry.snapshotter import tar
-from wherry.snapshotter.implied import adopt
+from wherry.snapshotter.implied import ROOT, adopt, is_below
 from wherry.snapshotter.roots import Root
 from wherry.snapshotter.tar import Member, TarReader
 
@@ -332,25 +332,28 @@ class LayerApplier:
                 self._take_away(name)
 
     def _overlay_whiteout(self, parent: bytes, target: bytes, name: bytes) -> None:
+        if self._made is not None:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                self._take_away(name)
+        if self._root.layers and not is_below(self._root.layers, name):
+            # overlay filters whiteouts only where it merges directories: one for nothing would be seen elsewhere
+            return
         fd = self._directory(parent)
         try:
             os.mknod(target, stat.S_IFCHR, 0, dir_fd=fd)
         except FileExistsError:
-            if self._made is not None and name not in self._made:
-                self._take_away(name)
-                try:
-                    os.mknod(target, stat.S_IFCHR, 0, dir_fd=fd)
-                except FileExistsError:
-                    os.setxattr(name, self._root.opaque, b"y")  # it keeps files of this layer
-            elif stat.S_ISDIR(os.stat(target, dir_fd=fd, follow_symlinks=False).st_mode):
+            if stat.S_ISDIR(os.stat(target, dir_fd=fd, follow_symlinks=False).st_mode):
                 # a whiteout speaks of the layers below, wherever it stands in the archive
                 os.setxattr(name, self._root.opaque, b"y")
         self._whiteouts.add(name)
 
     def _make_opaque(self, parent: bytes) -> None:
         if self._root.overlay:
-            self._directory(parent)
-            os.setxattr(parent or b".", self._root.opaque, b"y")
+            if parent:
+                self._directory(parent)
+                os.setxattr(parent, self._root.opaque, b"y")
+            else:
+                self._implied[ROOT] = None
         if self._made is not None:
             try:
                 names = os.listdir(parent or b".")
@@ -381,7 +384,7 @@ class LayerApplier:
         if self._implied and self._root.layers:
             root = os.open(".", _DIRECTORY)
             try:
-                adopt(root, self._root.layers, self._implied)
+                adopt(root, self._root.layers, self._implied, self._root.opaque)
             finally:
                 os.close(root)
         for name, times in self._times.items():

@@ -86,8 +86,8 @@ def upper_directory(lower: Sequence[Mount], upper: Sequence[Mount]) -> str | Non
         if any(option.startswith(f"{feature}=") and not option.endswith(("=off", "=nofollow")) for option in options):
             return None
         try:
-            with open(f"/sys/module/overlay/parameters/{feature}", encoding="ascii") as file:
-                if file.read(1) == "Y" and f"{feature}=off" not in options:
+            with open(f"/sys/module/overlay/parameters/{feature}", "rb") as file:
+                if file.read(1) == b"Y" and f"{feature}=off" not in options:
                     return None
         except FileNotFoundError:
             pass
@@ -347,17 +347,17 @@ class Walk:
                 self._layer.file(parent, f"{self._upper}/{parent}", os.lstat(f"{self._upper}/{parent}"))
 
     def _same(self, name: str, was: os.stat_result, now: os.stat_result) -> bool:
-        """As containerd compares: what a header holds, then the times, then where these can't tell the contents."""
+        """What a header holds is compared, then the times, and where these can't tell the contents."""
         if (was.st_mode, was.st_uid, was.st_gid, was.st_rdev) != (now.st_mode, now.st_uid, now.st_gid, now.st_rdev):
             return False
         old, new = f"{self._lower}/{name}", f"{self._upper}/{name}"
-        if attributes(old) != attributes(new):
+        if was.st_mtime_ns != now.st_mtime_ns or attributes(old) != attributes(new):
             return False
         if stat.S_ISLNK(now.st_mode):
             return os.readlink(old) == os.readlink(new)
         if not stat.S_ISREG(now.st_mode):
             return True
-        if (was.st_size, was.st_mtime_ns) != (now.st_size, now.st_mtime_ns):
+        if was.st_size != now.st_size:
             return False
         # times without nanoseconds come from archives: two builds may have set the same second
         return (

@@ -1,8 +1,13 @@
-"""Directories that a layer needs but doesn't name: they must look like those of the layers below.
+"""What of a layer can only be finished with its parents at hand.
+
+Directories that the layer needs but doesn't name must look like those of the layers below.
 
 A layer may hold `etc/app/x` without an entry for `etc/app`. Where the layer's files are written into an overlay's upper
 directory, `etc/app` has to be made there, and what is made there hides the owner, mode, times and attributes of the
 same directory below. So they are copied from the nearest layer that has it, as overlay's own copy-up does.
+
+An opaque mark on the root itself is not overlay's to follow (a root is always merged), so each name in the roots
+below gets a whiteout of its own; such a layer has `ROOT` among its implied paths.
 
 A layer that was applied before its parents were known (`Applier.apply(overlay=True)`) has the list of such directories
 beside its files, in `snapshots/N/implied`, until it is committed on its parent.
@@ -17,13 +22,52 @@ from collections.abc import Iterable, Sequence
 
 from wherry.linux import syscalls as sc
 
+ROOT = b"."
+OPAQUE = "trusted.overlay.opaque"
 _OWN = ("trusted.overlay.", "user.overlay.")
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
-def adopt(root: int, layers: Sequence[int], paths: Iterable[bytes]) -> None:
+def is_below(layers: Sequence[int], path: bytes) -> bool:
+    """Whether one of the layers has something under that name. A whiteout there counts: it may hide, too. OSError."""
+    for layer in layers:
+        try:
+            os.close(sc.openat2(layer, os.fsdecode(path), os.O_PATH | os.O_NOFOLLOW, resolve=sc.RESOLVE_IN_ROOT))
+        except OSError as error:
+            if error.errno not in _MISSING:
+                raise
+            continue
+        return True
+    return False
+
+
+def hide_below(root: int, layers: Sequence[int], opaque: str) -> None:
+    """Hide all that the layers have in their roots, but not what is in the directory `root`. OSError."""
+    names: set[str] = set()
+    for layer in layers:
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=layer)
+        try:
+            names.update(os.listdir(fd))
+        finally:
+            os.close(fd)
+    for name in names:
+        try:
+            os.mknod(name, stat.S_IFCHR, 0, dir_fd=root)
+        except FileExistsError:
+            if stat.S_ISDIR(os.stat(name, dir_fd=root, follow_symlinks=False).st_mode):
+                fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+                try:
+                    os.setxattr(fd, opaque, b"y")
+                finally:
+                    os.close(fd)
+
+
+def adopt(root: int, layers: Sequence[int], paths: Iterable[bytes], opaque: str = OPAQUE) -> None:
     """Give directories below `root` the look of the same in `layers` (descriptors, the nearest first). OSError."""
     for path in paths:
+        if path == ROOT:
+            hide_below(root, layers, opaque)
+            continue
         text = os.fsdecode(path)
         try:
             target = sc.openat2(root, text, os.O_RDONLY | os.O_DIRECTORY, resolve=sc.RESOLVE_IN_ROOT)

@@ -8,6 +8,7 @@ import select
 from collections.abc import Callable
 from typing import Protocol
 
+import zstandard
 from isal import isal_zlib
 
 GZIP_LEVEL = 3
@@ -89,7 +90,5 @@ def _compressor(compression: str) -> _Compressor | None:
         made: _Compressor = isal_zlib.compressobj(level=GZIP_LEVEL, wbits=31)
         return made
     if compression == "zstd":
-        import zstandard  # noqa: PLC0415 - most layers are gzip; the worker's start pays for each import
-
         return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compressobj()
     return None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from typing import IO, cast
 
+import zstandard
 from isal import igzip_lib
 
 from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
@@ -151,8 +152,6 @@ def _gunzip(read: Callable[[], bytes]) -> Iterator[bytes]:
 
 def _unzstd(read: Callable[[], bytes]) -> Iterator[bytes]:
     """RFC 8878: frames one after the other. The library doesn't say where a stream is cut, so that is watched here."""
-    import zstandard  # noqa: PLC0415 - most layers are gzip; the worker's start pays for each import
-
     frames = ZstdFrames()
 
     class Watched:

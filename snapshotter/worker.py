@@ -17,8 +17,10 @@ Run as `python -I -m wherry.snapshotter.worker --control-fd N`; N is a SOCK_SEQP
 from __future__ import annotations
 
 import array
+import ctypes
 import errno
 import gc
+import hashlib
 import json
 import os
 import select
@@ -45,6 +47,7 @@ from wherry.snapshotter.roots import enter
 from wherry.snapshotter.stream import Stream
 from wherry.snapshotter.tar import TarReader
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 MAX_MESSAGE = 1 << 20
 PROGRESS_BYTES = 4 << 20
 """Progress is told each time that many more bytes are done."""
@@ -78,6 +81,8 @@ class Worker:
                 break
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
+        for pid in self._children:
+            os.waitpid(pid, 0)
 
     def _message(self) -> bool:
         data, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(2 * 4))
@@ -129,11 +134,26 @@ def _run_child(message: dict[str, Any], file: int, result: int) -> NoReturn:
         sc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         gc.disable()  # the work makes no cycles, and looking for them costs time
         os.umask(0)
+        seal()
         answer = _outcome(message, file, result)
         _tell(result, answer)
         code = 0
     finally:
         os._exit(code)
+
+
+def seal() -> None:
+    """Load nothing any more: where this process goes, the files that an import or a library would find are the image's."""
+    for found in (sys.path, sys.meta_path, sys.path_hooks):
+        found.clear()
+    sys.path_importer_cache.clear()
+
+
+def preload() -> None:
+    """What is loaded at its first use, used: OpenSSL with its configuration, what ends threads, syncfs."""
+    hashlib.sha256(b"").hexdigest()
+    with suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1")
 
 
 def _outcome(message: dict[str, Any], file: int, result: int) -> dict[str, Any]:
@@ -211,12 +231,9 @@ def _counted(stream: Stream, tell: Callable[[int], None]) -> Callable[[], bytes]
 
 def _sync() -> None:
     """syncfs(2) of the file system that was written to."""
-    import ctypes  # noqa: PLC0415 - loaded already by the mount calls; named here for its one use
-
-    libc = ctypes.CDLL(None, use_errno=True)
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if libc.syncfs(fd) != 0:
+        if _LIBC.syncfs(fd) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), "syncfs")
     finally:
@@ -241,6 +258,7 @@ def main() -> int:
         return 2
     control = socket.socket(fileno=int(sys.argv[2]))
     sc.set_process_name("wherry-layers")
+    preload()
     gc.collect()
     gc.freeze()
     try:

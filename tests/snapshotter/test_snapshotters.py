@@ -1,0 +1,187 @@
+"""Each implementation through the conformance suite, and what only it does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.snapshotter.suite import SnapshotterSuite, layer, write
+from tests.snapshotter.trees import mounted
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from wherry.linux.mounts import Mount
+from wherry.snapshotter.interface import Kind, Snapshotter
+from wherry.snapshotter.native import NativeSnapshotter
+from wherry.snapshotter.overlayfs import UPPERDIR_LABEL, OverlaySnapshotter
+
+
+class TestOverlay(SnapshotterSuite):
+    @pytest.fixture
+    def snapshotter(self, tmp_path: Path) -> Iterator[Snapshotter]:
+        made = OverlaySnapshotter(str(tmp_path / "root"))
+        yield made
+        made.close()
+
+
+class TestOverlayWithAllOptions(SnapshotterSuite):
+    @pytest.fixture
+    def snapshotter(self, tmp_path: Path) -> Iterator[Snapshotter]:
+        made = OverlaySnapshotter(str(tmp_path / "root"), mount_options=["xino=off"], async_remove=True)
+        yield made
+        made.close()
+
+
+class TestNative(SnapshotterSuite):
+    @pytest.fixture
+    def snapshotter(self, tmp_path: Path) -> Iterator[Snapshotter]:
+        made = NativeSnapshotter(str(tmp_path / "root"))
+        yield made
+        made.close()
+
+    def test_a_copy_is_not_set_on_a_parent(self, snapshotter: Snapshotter) -> None:
+        snapshotter.prepare("k")
+        snapshotter.commit("base", "k")
+        snapshotter.prepare("k")
+        with pytest.raises(Unimplemented):
+            snapshotter.commit("top", "k", parent="base")
+        assert snapshotter.stat("k").kind is Kind.ACTIVE
+
+
+def test_overlay_mounts_are_containerds(overlay: OverlaySnapshotter, tmp_path: Path) -> None:
+    base = f"{tmp_path}/root/snapshots"
+    assert overlay.prepare("a") == [Mount("bind", f"{base}/1/fs", options=("rw", "rbind"))]
+    overlay.commit("one", "a")
+    assert overlay.view("v", "one") == [Mount("bind", f"{base}/1/fs", options=("ro", "rbind"))]
+    (mount,) = overlay.prepare("b", "one")
+    expected = (f"workdir={base}/3/work", f"upperdir={base}/3/fs", f"lowerdir={base}/1/fs")
+    assert (mount.type, mount.source) == ("overlay", "overlay")
+    assert tuple(option for option in mount.options if option != "index=off") == expected
+    overlay.commit("two", "b")
+    (mount,) = overlay.view("w", "two")
+    assert tuple(o for o in mount.options if o != "index=off") == (f"lowerdir={base}/3/fs:{base}/1/fs",)
+    assert overlay.mounts("w") == [mount]
+
+
+def test_a_layer_prepared_alone_is_set_on_its_parent_at_the_commit(overlay: OverlaySnapshotter, tmp_path: Path) -> None:
+    layer(overlay, tmp_path / "m", "one", "", write("a", "1"))
+    with mounted(overlay.prepare("k"), tmp_path / "m") as tree:
+        (tree / "b").write_text("2")
+    overlay.commit("two", "k", parent="one")
+    assert overlay.stat("two").parent == "one"
+    with mounted(overlay.view("v", "two"), tmp_path / "v") as tree:
+        assert sorted(os.listdir(tree)) == ["a", "b"]
+    with pytest.raises(FailedPrecondition):
+        overlay.remove("one")
+    overlay.prepare("x", "one")
+    with pytest.raises(InvalidArgument, match="cannot change parent"):
+        overlay.commit("never", "x", parent="two")
+    overlay.prepare("y")
+    with pytest.raises(NotFound):
+        overlay.commit("never", "y", parent="missing")
+    overlay.commit("three", "x", parent="one")
+
+
+def test_upperdir_label(tmp_path: Path) -> None:
+    overlay = OverlaySnapshotter(str(tmp_path / "root"), upperdir_label=True)
+    overlay.prepare("k", labels={"a": "1"})
+    upper = f"{tmp_path}/root/snapshots/1/fs"
+    assert dict(overlay.stat("k").labels) == {"a": "1", UPPERDIR_LABEL: upper}
+    assert [info.labels[UPPERDIR_LABEL] for info in overlay.walk()] == [upper]
+    overlay.close()
+
+
+def test_removed_files_go_without_being_waited_for(overlay: OverlaySnapshotter, tmp_path: Path) -> None:
+    overlay.prepare("k")
+    overlay.remove("k")
+    overlay.close()
+    assert os.listdir(tmp_path / "root" / "snapshots") == []
+
+
+def test_a_busy_mount_in_a_removed_snapshot_is_detached(overlay: OverlaySnapshotter, tmp_path: Path) -> None:
+    overlay.prepare("k")
+    inside = tmp_path / "root" / "snapshots" / "1" / "fs" / "proc"
+    inside.mkdir()
+    Mount("tmpfs", "tmpfs").mount(str(inside))
+    overlay.remove("k")
+    overlay.close()
+    assert os.listdir(tmp_path / "root" / "snapshots") == []
+
+
+def test_overlay_refuses_a_path_that_its_options_cannot_spell(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="comma"):
+        OverlaySnapshotter(str(tmp_path / "a,b"))
+
+
+def test_overlay_says_where_it_does_not_work(tmp_path: Path) -> None:
+    """An overlay's own tree can't hold upper directories."""
+    for name in ("l", "u", "w"):
+        (tmp_path / name).mkdir()
+    options = (f"lowerdir={tmp_path}/l", f"upperdir={tmp_path}/u", f"workdir={tmp_path}/w")
+    with mounted([Mount("overlay", "overlay", options=options)], tmp_path / "m") as tree:
+        with pytest.raises(FailedPrecondition, match="overlayfs doesn't work below"):
+            OverlaySnapshotter(str(tree / "root"))
+
+
+_CRASH = """
+import os, sys
+from wherry.snapshotter.overlayfs import OverlaySnapshotter
+s = OverlaySnapshotter(sys.argv[1])
+for n in range(100000):
+    s.prepare(f"k{n}")
+    if n % 3 == 0:
+        s.commit(f"n{n}", f"k{n}")
+    elif n % 3 == 1:
+        s.remove(f"k{n}")
+    if n == 30:
+        print("going", flush=True)
+"""
+
+
+def test_after_a_kill_every_record_has_its_directory(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with subprocess.Popen([sys.executable, "-c", _CRASH, str(root)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"going\n"
+        time.sleep(0.05)
+        process.kill()
+    overlay = OverlaySnapshotter(str(root))
+    infos = list(overlay.walk())
+    assert len(infos) > 20
+    overlay.cleanup()
+    assert len(os.listdir(root / "snapshots")) == len(infos)
+    for info in infos:
+        overlay.usage(info.name)
+        if info.kind is Kind.ACTIVE:
+            with mounted(overlay.mounts(info.name), tmp_path / "m") as tree:
+                assert os.listdir(tree) == []
+    overlay.close()
+
+
+def test_a_reopened_snapshotter_has_everything_and_uses_no_number_twice(tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    overlay = OverlaySnapshotter(root)
+    layer(overlay, tmp_path / "m", "one", "", write("a", "1"))
+    overlay.prepare("last")
+    overlay.remove("last")
+    overlay.close()
+    overlay = OverlaySnapshotter(root)
+    assert overlay.prepare("k") == [Mount("bind", f"{root}/snapshots/3/fs", options=("rw", "rbind"))]
+    with mounted(overlay.view("v", "one"), tmp_path / "v") as tree:
+        assert (tree / "a").read_text() == "1"
+    overlay.close()
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    import sqlite3
+
+    root = tmp_path / "root"
+    OverlaySnapshotter(str(root)).close()
+    db = sqlite3.connect(root / "metadata.db")
+    db.execute("PRAGMA user_version=99")
+    db.close()
+    with pytest.raises(FailedPrecondition, match="schema 99"):
+        OverlaySnapshotter(str(root))
