@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def rootfs(tmp_path_factory: pytest.TempPathFactory) -> str:
+def rootfs() -> Iterator[str]:
+    """Outside of pytest's folders, which only root may enter: the root of a user namespace is somebody else."""
     need("busybox")
-    return build_busybox_rootfs(tmp_path_factory.mktemp("h2-rootfs"))
+    folder = tempfile.mkdtemp(prefix="wherry-rootfs-")
+    yield build_busybox_rootfs(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
