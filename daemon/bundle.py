@@ -5,7 +5,7 @@
       rootfs/           where the shim mounts the root
       work/             the runtime's scratch (criu's logs)
       bootstrap.json    how to reach the shim; written before the shim is started
-      runtime.json      which shim it is: its binary ("" for ours), and the names it was asked for by
+      launch.json      which shim it is: its binary ("" for ours), and the names it was asked for by
       …                 what the shim keeps (exits, options, init.pid)
 
 A bundle that is being removed has a dot before its name, so that a crash in the middle is seen. Nothing here is synced:
@@ -57,7 +57,7 @@ class Bundle:
             os.mkdir(os.path.join(self.path, "rootfs"), 0o711)
             os.mkdir(os.path.join(self.path, "work"), 0o711)
             self._write("config.json", spec)
-            self._write("runtime.json", json.dumps(asdict(launch)).encode())
+            self._write("launch.json", json.dumps(asdict(launch)).encode())
         except BaseException:
             self.delete()
             raise
@@ -79,7 +79,7 @@ class Bundle:
     def launch(self) -> Launch:
         """Which shim it is; our own where the daemon died before it was written."""
         try:
-            value = json.loads(self._read("runtime.json"))
+            value = json.loads(self._read("launch.json"))
             return Launch(str(value["runtime"]), str(value["binary"]))
         except (OSError, ValueError, KeyError, TypeError):
             return Launch("")

@@ -35,8 +35,11 @@ from wherry.daemon.notify import Relay, notify
 from wherry.daemon.plugins import Plugins
 from wherry.daemon.sandboxes import SandboxService, SandboxStore
 from wherry.daemon.shims import Shims
-from wherry.daemon.snapshots import SnapshotService, SnapshotStore
+from wherry.daemon.snapshots import SnapshotStore
+from wherry.daemon.snapshots_service import SnapshotService
+from wherry.daemon.streaming import StreamingService, StreamManager
 from wherry.daemon.tasks import TaskService
+from wherry.daemon.transfer import TransferService
 from wherry.daemon.version import VersionService
 from wherry.proto.ttrpc.server import TtrpcServer
 from wherry.shim.client import ForkServer
@@ -75,6 +78,7 @@ class Daemon:
         self._exchange = Exchange()
         await self._build_stores()
         await self._build_tasks()
+        self._build_transfer()
         self._build_rest()
         self._plugins.check()
         await self._open_ttrpc()
@@ -126,7 +130,9 @@ class Daemon:
             await self._collector.start()
             self._cleanup.push_async_callback(self._collector.close)
         with load("io.containerd.differ.v1", "walking", platforms=[platforms.host()]):
-            self._differ = Differ(self._content, Applier())
+            self._applier = Applier()
+            self._cleanup.push_async_callback(self._applier.close)
+            self._differ = Differ(self._content, self._applier)
         self._containers = ContainerStore(metadata, publish)
         self._images = ImageStore(metadata, publish)
         self._leases = LeaseStore(metadata)
@@ -193,6 +199,25 @@ class Daemon:
             self._cleanup.push_async_callback(shims.close)
             shims.load()
         self._add("tasks", TaskService(config, places.tasks, shims, self._containers, self._namespaces))
+
+    def _build_transfer(self) -> None:
+        """Images moved by the daemon itself, and the streams that clients hand to it."""
+        with self._plugins.load("io.containerd.streaming.v1", "manager"):
+            streams = StreamManager()
+        self._add("streaming", StreamingService(streams))
+        requires = ["io.containerd.metadata.v1", "io.containerd.streaming.v1"]
+        here = [platforms.host()]
+        with self._plugins.load("io.containerd.transfer.v1", "local", requires=requires, platforms=here):
+            transfer = TransferService(
+                content=self._content,
+                images=self._images,
+                leases=self._leases,
+                snapshots=self._snapshots,
+                applier=self._applier,
+                streams=streams,
+                options=self._config.transfer,
+            )
+        self._add("transfer", transfer)
 
     def _build_rest(self) -> None:
         self._add("version", VersionService())
