@@ -165,12 +165,11 @@ class Applier:
 
     async def _job(self, message: dict[str, Any], fd: int, progress: Callable[[int], None] | None) -> dict[str, Any]:
         job = next(self._ids)
-        worker = await self._ready()
         receiving, sending = os.pipe2(os.O_CLOEXEC)
         results = os.fdopen(receiving, "rb", buffering=0)
         try:
             try:
-                await worker.send({"id": job, **message}, [fd, sending])
+                worker = await self._hand_over({"id": job, **message}, [fd, sending])
             finally:
                 os.close(sending)
             reader = asyncio.StreamReader(limit=ANSWER_LIMIT)
@@ -186,6 +185,17 @@ class Applier:
             raise
         finally:
             transport.close()
+
+    async def _hand_over(self, message: dict[str, Any], fds: list[int]) -> _Worker:
+        worker = await self._ready()
+        try:
+            await worker.send(message, fds)
+        except Unavailable:
+            # it was killed, and that wasn't known yet; a new one hasn't that excuse
+            self._dismiss(worker)
+            worker = await self._ready()
+            await worker.send(message, fds)
+        return worker
 
     async def _cancel(self, worker: _Worker, job: int, reader: asyncio.StreamReader) -> None:
         try:
@@ -203,11 +213,15 @@ class Applier:
             self._idle = None
         async with self._starting:
             if self._worker is not None and not self._worker.alive:
-                self._worker.retire()
-                self._worker = None
+                self._dismiss(self._worker)
             if self._worker is None:
                 self._worker = await _Worker.start()
             return self._worker
+
+    def _dismiss(self, worker: _Worker) -> None:
+        worker.retire()
+        if self._worker is worker:
+            self._worker = None
 
     def _rest(self) -> None:
         if self._busy or self._worker is None:

@@ -143,7 +143,7 @@ def _run_child(message: dict[str, Any], file: int, result: int) -> NoReturn:
 
 
 def seal() -> None:
-    """Load nothing any more: where this process goes, the files that an import or a library would find are the image's."""
+    """Load nothing any more: where this process goes, the files that an import would find are the image's."""
     for found in (sys.path, sys.meta_path, sys.path_hooks):
         found.clear()
     sys.path_importer_cache.clear()

@@ -48,7 +48,7 @@ class Archive:
         info.linkname = to
         info.mode = mode if mode is not None else (0o755 if kind == "dir" else 0o644)
         info.uid, info.gid = owner
-        info.mtime = mtime  # type: ignore[assignment]
+        info.mtime = mtime
         info.devmajor, info.devminor = device
         info.pax_headers = dict(pax or {})
         self._tar.addfile(info, io.BytesIO(data))

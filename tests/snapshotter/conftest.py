@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
 from wherry.linux.mounts import mountinfo
 from wherry.snapshotter.applier import Applier
 from wherry.snapshotter.overlayfs import OverlaySnapshotter

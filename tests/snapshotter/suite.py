@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.snapshotter.trees import look, mounted
 from wherry.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from wherry.snapshotter.interface import Info, Kind, Snapshotter, Usage
@@ -23,7 +24,10 @@ def layer(snapshotter: Snapshotter, where: Path, name: str, parent: str, fill: F
 
 
 def write(name: str, text: str) -> Fill:
-    return lambda tree: (tree / name).write_text(text) and None
+    def fill(tree: Path) -> None:
+        (tree / name).write_text(text)
+
+    return fill
 
 
 class SnapshotterSuite:
@@ -116,9 +120,11 @@ class SnapshotterSuite:
         layer(snapshotter, tmp_path / "m", "two", "one", write("b", "2"))
         for parent in ("", "one", "two"):
             key = f"view-{parent}"
-            with mounted(snapshotter.view(key, parent), tmp_path / "v") as tree:
-                with pytest.raises(OSError, match="Read-only"):
-                    (tree / "new").write_text("x")
+            with (
+                mounted(snapshotter.view(key, parent), tmp_path / "v") as tree,
+                pytest.raises(OSError, match="Read-only"),
+            ):
+                (tree / "new").write_text("x")
             assert snapshotter.stat(key).kind is Kind.VIEW
             with pytest.raises(FailedPrecondition, match="not active"):
                 snapshotter.commit("never", key)

@@ -15,18 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from tests.peers import need
 from tests.snapshotter.archives import GZIP, PLAIN, Archive
 from tests.snapshotter.test_apply import sample
-from tests.snapshotter.trees import look, mounted
+from tests.snapshotter.trees import look, mounted, output_of
 from wherry.linux.mounts import Mount
 from wherry.snapshotter.applier import Applier
 from wherry.snapshotter.overlayfs import OverlaySnapshotter
 
 CONFIG = """
 version = 2
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
-  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.opt"]
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper",
+  "io.containerd.internal.v1.opt"]
 [plugins."io.containerd.gc.v1.scheduler"]
 schedule_delay = "1h"  # views that nothing refers to are to live as long as the test
 """
@@ -108,9 +110,11 @@ def both(
     containerd: Containerd, overlay: OverlaySnapshotter, tmp_path: Path, chain: Sequence[str]
 ) -> Iterator[tuple[Path, Path]]:
     """The top of the image in both, mounted."""
-    with mounted(containerd.mounts("look", chain[-1]), tmp_path / "theirs") as theirs:
-        with mounted(overlay.view("look", f"ours{len(chain) - 1}"), tmp_path / "ours") as ours:
-            yield theirs, ours
+    with (
+        mounted(containerd.mounts("look", chain[-1]), tmp_path / "theirs") as theirs,
+        mounted(overlay.view("look", f"ours{len(chain) - 1}"), tmp_path / "ours") as ours,
+    ):
+        yield theirs, ours
 
 
 async def unpack(applier: Applier, overlay: OverlaySnapshotter, tmp_path: Path, layers: Sequence[bytes]) -> None:
@@ -133,8 +137,7 @@ async def test_an_image_with_everything(
     source.mkdir()
     sample(source)
     # containerd takes `user.` and `security.` attributes and capabilities from PAX records
-    command = ["tar", "--format=posix", "--xattrs", "--xattrs-include=*", "-C", source, "-c", "."]
-    first = subprocess.run(command, check=True, capture_output=True).stdout
+    first = output_of("tar", "--format=posix", "--xattrs", "--xattrs-include=*", "-C", source, "-c", ".")
     second = (
         Archive().dir("etc", mode=0o711, owner=(5, 5)).file("etc/.wh.passwd", b"").file("etc/new", b"n")
         .file(".wh.empty", b"").dir("shared", mode=0o2770).file("shared/.wh..wh..opq", b"").file("shared/other")
@@ -202,8 +205,7 @@ async def test_we_apply_what_containerd_computes(
         (tree / "d" / "three").write_text("3")
         (tree / "f").chmod(0o600)
         expected = look(tree, times=False)
-    command = [need("ctr"), "-a", containerd.address, "snapshots", "diff", "work"]
-    data = subprocess.run(command, check=True, capture_output=True).stdout
+    data = output_of(need("ctr"), "-a", containerd.address, "snapshots", "diff", "work")
     (tmp_path / "base").write_bytes(base)
     (tmp_path / "top").write_bytes(data)
     await applier.apply(overlay.prepare("k"), str(tmp_path / "base"), GZIP)

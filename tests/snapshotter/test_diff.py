@@ -6,15 +6,15 @@ import gzip
 import hashlib
 import os
 import shutil
-import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
 import zstandard
+
 from tests.snapshotter.archives import GZIP, PLAIN, ZSTD
 from tests.snapshotter.test_apply import sample
-from tests.snapshotter.trees import look, mounted
+from tests.snapshotter.trees import look, mounted, output_of
 from wherry.core.errors import FailedPrecondition, ResourceExhausted, Unimplemented
 from wherry.linux.mounts import Mount
 from wherry.snapshotter.applier import Applier
@@ -75,19 +75,8 @@ async def test_gnu_tar_reads_what_we_write(applier: Applier, overlay: OverlaySna
     out = tmp_path / "layer"
     await applier.diff([], overlay.mounts("k"), GZIP, str(out))
     (tmp_path / "extracted").mkdir()
-    command = [
-        "tar",
-        "--xattrs",
-        "--xattrs-include=*",
-        "-p",
-        "--numeric-owner",
-        "-C",
-        tmp_path / "extracted",
-        "-xzf",
-        out,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    options = ["--xattrs", "--xattrs-include=*", "-p", "--numeric-owner"]
+    assert output_of("tar", *options, "-C", tmp_path / "extracted", "-xzf", out) == b""
     assert look(tmp_path / "extracted") == expected
 
 
@@ -144,6 +133,8 @@ async def test_what_cannot_be_computed(applier: Applier, tmp_path: Path) -> None
     for lower in ([], mounts):
         with pytest.raises(FailedPrecondition, match="missing"):
             await applier.diff(lower, missing, PLAIN, str(tmp_path / "out"))
-    with mounted([Mount("tmpfs", "tmpfs", options=("size=1m",))], tmp_path / "small") as small:
-        with pytest.raises(ResourceExhausted, match="No space left"):
-            await applier.diff([], mounts, PLAIN, str(small / "out"))
+    with (
+        mounted([Mount("tmpfs", "tmpfs", options=("size=1m",))], tmp_path / "small") as small,
+        pytest.raises(ResourceExhausted, match="No space left"),
+    ):
+        await applier.diff([], mounts, PLAIN, str(small / "out"))

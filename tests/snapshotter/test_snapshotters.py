@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.snapshotter.suite import SnapshotterSuite, layer, write
 from tests.snapshotter.trees import mounted
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
@@ -121,9 +123,11 @@ def test_overlay_says_where_it_does_not_work(tmp_path: Path) -> None:
     for name in ("l", "u", "w"):
         (tmp_path / name).mkdir()
     options = (f"lowerdir={tmp_path}/l", f"upperdir={tmp_path}/u", f"workdir={tmp_path}/w")
-    with mounted([Mount("overlay", "overlay", options=options)], tmp_path / "m") as tree:
-        with pytest.raises(FailedPrecondition, match="overlayfs doesn't work below"):
-            OverlaySnapshotter(str(tree / "root"))
+    with (
+        mounted([Mount("overlay", "overlay", options=options)], tmp_path / "m") as tree,
+        pytest.raises(FailedPrecondition, match="overlayfs doesn't work below"),
+    ):
+        OverlaySnapshotter(str(tree / "root"))
 
 
 _CRASH = """
@@ -176,8 +180,6 @@ def test_a_reopened_snapshotter_has_everything_and_uses_no_number_twice(tmp_path
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    import sqlite3
-
     root = tmp_path / "root"
     OverlaySnapshotter(str(root)).close()
     db = sqlite3.connect(root / "metadata.db")

@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from wherry.linux.mounts import Mount, mount_all, unmount_all
+
+
+def output_of(*command: str | Path) -> bytes:
+    """What a program prints; it must succeed."""
+    return subprocess.run(command, check=True, capture_output=True).stdout
 
 
 @contextmanager
