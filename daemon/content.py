@@ -125,9 +125,8 @@ class ContentStore:
             )
             return updated
 
-        # labels reference other things, so taking one away may make garbage. Not synced by itself: what is worth
-        # keeping is named by an image, and its commit, which comes after, syncs all before it
-        return await self._metadata.write(work, removes=True)
+        # not synced by itself: what is worth keeping is named by an image, and that is synced with all before it
+        return await self._metadata.write(work)
 
     async def delete(self, namespace: str, digest: str, *, lease: str | None = None) -> None:
         """The record goes now, the file right after when no namespace has it any more. Raises NotFound."""

@@ -113,8 +113,7 @@ class ImageStore:
             )
             return updated
 
-        # what it pointed to before may be garbage now
-        updated = await self._metadata.write(work, durable=True, removes=True)
+        updated = await self._metadata.write(work, durable=True)
         self._publish(namespace, topics.IMAGE_UPDATE, pb.ImageUpdate(name=updated.name, labels=updated.labels))
         return updated
 

@@ -124,7 +124,8 @@ class Metadata:
     ) -> T:
         """Run `work` in the writer thread in a transaction of its own (batched); what it raises rolls back only it.
 
-        `durable`: return after it is on disk. `removes`: tells the garbage collector that there may be garbage.
+        `durable`: return after it is on disk. `removes`: tells the garbage collector that there may be garbage (an
+        update that takes a reference away doesn't, as in containerd).
         `alone`: nothing else is in the transaction. A cancelled caller's work is done all the same.
         Raises ResourceExhausted for a full disk, Unavailable after `close`, and what `work` raises.
         """

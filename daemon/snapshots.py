@@ -179,7 +179,7 @@ class SnapshotStore:
             )
             return record
 
-        record = await self._metadata.write(work, removes=True)
+        record = await self._metadata.write(work)
         inherited = _inherited(record.info.labels)
         inner = interface.Info(kind=interface.Kind(record.info.kind), name=record.backend, labels=inherited)
         await self._run(snapshotter, lambda: backend.update(inner))
