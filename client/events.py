@@ -13,7 +13,7 @@ from wherry.client.transport import Calls
 from wherry.client.values import seconds
 from wherry.core import typeurl
 from wherry.core.errors import NotFound
-from wherry.proto import events_pb2, images_pb2, types_pb2  # noqa: F401 - declares the messages that events are
+from wherry.proto import events_pb2, images_pb2, runc_options_pb2, types_pb2  # noqa: F401 - declares what events hold
 from wherry.proto import events_service_pb2 as pb
 
 _SERVICE = "containerd.services.events.v1.Events"

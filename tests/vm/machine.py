@@ -150,6 +150,10 @@ def _write_tree(target: Path) -> None:
         tar.add(REPOSITORY / "tests", "opt/src/tests", filter=_clean)
         tar.add(REPOSITORY / "pyproject.toml", "opt/src/pyproject.toml", filter=_clean)
         with tempfile.TemporaryDirectory() as scripts:
+            metadata = Path(scripts) / "METADATA"
+            version = project["project"]["version"]
+            metadata.write_text(f"Metadata-Version: 2.1\nName: wherry\nVersion: {version}\n")
+            tar.add(metadata, f"{SITE}/wherry-{version}.dist-info/METADATA", filter=_clean)
             for name, entry in project["project"]["scripts"].items():
                 module, _, function = entry.partition(":")
                 script = Path(scripts) / name
