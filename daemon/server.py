@@ -110,6 +110,7 @@ class Daemon:
             self._cleanup.push_async_callback(metadata.close)
         with load("io.containerd.content.v1", "content", exports={"root": self._root("content")}):
             self._content = ContentStore(metadata, self._root("content"), publish)
+            self._cleanup.push_async_callback(self._content.close)
         snapshotters = self._snapshotters()
         self._snapshots = SnapshotStore(metadata, snapshotters, publish)
         self._cleanup.push_async_callback(self._snapshots.close)
@@ -126,6 +127,7 @@ class Daemon:
                     schedule_delay=parse_duration(policy.schedule_delay),
                     startup_delay=parse_duration(policy.startup_delay),
                 ),
+                publish,
             )
             await self._collector.start()
             self._cleanup.push_async_callback(self._collector.close)
