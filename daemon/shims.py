@@ -184,16 +184,19 @@ class Shims:
 
     # -- end
 
-    async def end(self, shim: Shim) -> None:
-        """Let a shim go whose task was deleted, and remove the bundle; shielded from the caller's leaving."""
-        await asyncio.shield(self._spawn(self._end(shim)))
+    def end(self, shim: Shim) -> None:
+        """Let a shim go whose task was deleted, and remove the bundle.
+
+        Nobody waits for that: the container is gone when its shim said so, and a create under the same id waits for
+        what is left. (A daemon that dies meanwhile leaves a shim without a task, which the next one sends away.)
+        """
+        if self._shims.get(shim.key) is shim:
+            shim.leaving = True
+            del self._shims[shim.key]
+            self._spawn(self._end(shim))
 
     async def _end(self, shim: Shim) -> None:
         async with self._working(shim.key):
-            if self._shims.get(shim.key) is not shim:
-                return
-            shim.leaving = True
-            del self._shims[shim.key]
             await self._leave(shim, now=False)
             await self._remove(shim)
 
@@ -209,7 +212,7 @@ class Shims:
                 if name == "Kill":
                     wait = task.WaitRequest(id=identity)
                     await shim.call("Wait", wait, task.WaitResponse, self._limits.cleanup)
-        await self._end(shim)
+        self.end(shim)
 
     async def _leave(self, shim: Shim, *, now: bool) -> None:
         """Tell a shim to exit and wait until it has; one that doesn't is killed."""

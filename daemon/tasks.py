@@ -100,9 +100,9 @@ class TaskService:
             deleted = await shim.call("Delete", asked, shim_api.DeleteResponse)
         except NotFound:
             # the shim has none: a daemon before this one deleted it and died before it was done
-            await self._shims.end(shim)
+            self._shims.end(shim)
             raise
-        await self._shims.end(shim)
+        self._shims.end(shim)
         return _deleted(shim.bundle.id, deleted)
 
     async def delete_process(self, request: pb.DeleteProcessRequest, context: Context) -> pb.DeleteResponse:
