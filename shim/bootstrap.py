@@ -33,7 +33,7 @@ from wherry.runtime.sealed import ensure_sealed
 from wherry.shim.cleanup import clean_up
 from wherry.shim.forkserver import detach
 from wherry.shim.log import take_over
-from wherry.shim.serving import NAME, Parameters, become_shim, serve
+from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals
 
 VERSION: Final = "0.1.0"
 # where containerd's shims listen (defaults.DefaultStateDir + "/s")
@@ -227,10 +227,11 @@ def start(flags: Flags, stdin: bytes) -> None:
 
     def shim() -> None:
         _own_streams("debug" if order.debug else "info")
+        install_signals()
         become_shim(parameters)
         os.close(ready_read)
         os.close(ready_write)
-        serve(listener, parameters)
+        Life().serve(listener, parameters)
 
     detach(shim)
     os.close(ready_write)

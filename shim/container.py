@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 from typing import TYPE_CHECKING, Any, Final
@@ -15,7 +14,15 @@ from wherry.linux.cgroups.layout import V1_CONTROLLERS, Mode, own_cgroups
 from wherry.proto import cgroups_v1_pb2, cgroups_v2_pb2, events_pb2, runc_options_pb2, task_v2_pb2
 from wherry.shim.external import External
 from wherry.shim.log import log
-from wherry.shim.oci_runtime import BUNDLED_NAMES, EXTERNAL_ROOT, Bundled, Checkpoint, OciRuntime
+from wherry.shim.oci_runtime import (
+    BUNDLED_NAMES,
+    EXTERNAL_ROOT,
+    Bundled,
+    Checkpoint,
+    Created,
+    OciRuntime,
+    unmount_rootfs,
+)
 from wherry.shim.process import Process, Shim
 from wherry.shim.state_files import RuntimeSettings, write_settings
 from wherry.shim.states import Operation, State
@@ -68,7 +75,7 @@ class Container:
         self._cgroup: cgroups.Cgroup | None = None
         self._oom: cgroups.OomWatch | None = None
         self._kill_rest = False
-        self._mounted = False
+        self._rootfs: list[mounts.Mount] = []
         self._restore: Checkpoint | None = None
         stdio = Stdio(request.stdin, request.stdout, request.stderr, request.terminal)
         self._owner = Owner(shim.namespace, self.id, self.options.io_uid, self.options.io_gid)
@@ -78,38 +85,26 @@ class Container:
 
     async def create(self, request: task_v2_pb2.CreateTaskRequest) -> None:
         """Mount, open the streams, let the runtime make the container. What was done is undone if it fails."""
+        self._rootfs = [mounts.Mount(m.type, m.source, m.target, tuple(m.options)) for m in request.rootfs]
         try:
-            spec = read_spec(self.bundle)
-            self._kill_rest = shares_pids(spec)
             if self.settings.binary or self.options.root:
                 write_settings(self.settings)
-            self._mount(request)
             await self.init.io.prepare()
             if request.checkpoint:
                 self._prepare_restore(request)
                 return
             with self._shim.children:
-                pid = await self.runtime.create(self.id, self.init.io, spec)
-                self.init.born(pid, self._init_exited)
+                self._made(await self.runtime.create(self.id, self.init.io, self._rootfs))
             self.init.io.started()
-            self._find_cgroup()
         except BaseException as error:
             await self._undo()
             if isinstance(error, OSError):
                 raise errors.WherryError(f"failed to create task: {error}") from error
             raise
 
-    def _mount(self, request: task_v2_pb2.CreateTaskRequest) -> None:
-        if not request.rootfs:
-            return
-        rootfs = f"{self.bundle}/rootfs"
-        os.makedirs(rootfs, 0o711, exist_ok=True)
-        planned = [mounts.Mount(m.type, m.source, m.target, tuple(m.options)) for m in request.rootfs]
-        try:
-            mounts.mount_all(planned, rootfs)
-        except OSError as error:
-            raise errors.WherryError(f"failed to mount rootfs component: {error}") from error
-        self._mounted = True
+    def _made(self, created: Created) -> None:
+        self._kill_rest = created.shares_pids
+        self.init.born(created.pid, self._init_exited)
 
     async def _undo(self) -> None:
         self.init.io.close()
@@ -118,15 +113,8 @@ class Container:
                 await self.runtime.delete(self.id, force=True)
             except errors.WherryError as error:
                 log("error", f"cleaning up after a failed create: {error.message}", id=self.id)
-        self._unmount()
-
-    def _unmount(self) -> None:
-        if self._mounted:
-            try:
-                mounts.unmount_all(f"{self.bundle}/rootfs")
-                self._mounted = False
-            except OSError as error:
-                log("error", f"failed to cleanup rootfs mount: {error}", id=self.id)
+        if self._rootfs:
+            unmount_rootfs(self.bundle)
 
     def _prepare_restore(self, request: task_v2_pb2.CreateTaskRequest) -> None:
         work = self.options.criu_work_path or f"{self.bundle}/work"
@@ -168,10 +156,8 @@ class Container:
             await self.runtime.start(self.id)
             return
         with self._shim.children:
-            pid = await self.runtime.restore(self.id, self._restore, self.init.io)
-            self.init.born(pid, self._init_exited)
+            self._made(await self.runtime.restore(self.id, self._restore, self.init.io, self._rootfs))
         self.init.io.started()
-        self._find_cgroup()
 
     async def _start_exec(self, process: Process) -> None:
         try:
@@ -344,29 +330,33 @@ class Container:
         init.io.close()
         await self.runtime.delete(self.id)
         self._close_oom()
-        self._unmount()
 
     # -- cgroup ----------------------------------------------------------------------------------------------------
 
-    def _find_cgroup(self) -> None:
-        try:
-            self._cgroup = cgroup_of(self.init.pid)
-        except (OSError, errors.WherryError) as error:  # it may be gone already
-            log("error", f"loading cgroup for {self.init.pid}: {error}", id=self.id)
+    def _find_cgroup(self) -> cgroups.Cgroup | None:
+        """The container's cgroup, looked up when it is first needed."""
+        if self._cgroup is None and self.init.pid:
+            try:
+                self._cgroup = cgroup_of(self.init.pid)
+            except (OSError, errors.WherryError) as error:  # it may be gone already
+                log("error", f"loading cgroup for {self.init.pid}: {error}", id=self.id)
+        return self._cgroup
 
     def stats(self) -> AnyMessage:
         """Its metrics, in the message of the host's cgroup version. Raises NotFound."""
-        if self._cgroup is None:
+        cgroup = self._find_cgroup()
+        if cgroup is None:
             raise errors.NotFound("cgroup does not exist: not found")
-        stats = self._cgroup.stats()
+        stats = cgroup.stats()
         kind = cgroups_v1_pb2.Metrics if stats.version == 1 else cgroups_v2_pb2.Metrics
         return typeurl.pack(kind(**stats.values))
 
     def _watch_oom(self) -> None:
-        if self._cgroup is None or self.init.end is not None:
+        if self.init.end is not None or self.init.reaped:
             return
+        cgroup = self._find_cgroup()
         try:
-            self._oom = self._cgroup.watch_oom()
+            self._oom = cgroup.watch_oom() if cgroup is not None else None
             if self._oom is not None:
                 self._shim.loop.on_read(self._oom.fileno(), self._tell_oom)
         except OSError as error:
@@ -385,25 +375,6 @@ class Container:
             self._shim.loop.forget(self._oom.fileno())
             self._oom.close()
             self._oom = None
-
-
-def read_spec(bundle: str) -> dict[str, Any]:
-    """The bundle's config.json. Raises InvalidArgument where it is no JSON object."""
-    path = f"{bundle}/config.json"
-    with open(path, "rb") as file:
-        try:
-            spec = json.load(file)
-        except ValueError as error:
-            raise errors.InvalidArgument(f"{path} is not JSON: {error}: invalid argument") from error
-    if not isinstance(spec, dict):
-        raise errors.InvalidArgument(f"{path} is no JSON object: invalid argument")
-    return spec
-
-
-def shares_pids(spec: dict[str, Any]) -> bool:
-    """Whether the container has no pid namespace of its own, so that its init doesn't take the others along."""
-    namespaces = (spec.get("linux") or {}).get("namespaces") or []
-    return not any(namespace.get("type") == "pid" and not namespace.get("path") for namespace in namespaces)
 
 
 def cgroup_of(pid: int) -> cgroups.Cgroup:

@@ -18,7 +18,6 @@ from google.protobuf.message import Message
 from wherry.core import topics, typeurl
 from wherry.core.errors import Code
 from wherry.proto import events_pb2, events_ttrpc_pb2, types_pb2
-from wherry.proto.service import TTRPC_NAMESPACE
 from wherry.proto.ttrpc.frames import Answer, ClientConnection, ProtocolError
 from wherry.proto.ttrpc.sockets import MAX_PATH
 from wherry.shim.log import log
@@ -48,25 +47,20 @@ FIRST_RETRY, LAST_RETRY = 0.05, 2.0
 CONFIRM: Final = 5.0
 # refused, and the same the next time
 _HOPELESS: Final = frozenset({Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.PERMISSION_DENIED})
+_NAMESPACE: Final = "containerd-namespace-ttrpc"
 _SERVICE: Final = "containerd.services.events.ttrpc.v1.Events"
 
 
 class Publisher:
-    """The queue of events and the connection they go out on.
+    """The queue of events and the connection they go out on."""
 
-    `address` is the daemon's ttrpc socket; where it is "" the `publish` command of `binary` is run for each event
-    (daemons that don't say where they listen). With neither, events are dropped.
-    """
-
-    def __init__(
-        self, loop: Loop, children: Children, namespace: str, address: str, *, binary: str = "", grpc_address: str = ""
-    ) -> None:
+    def __init__(self, loop: Loop, children: Children) -> None:
         self._loop = loop
         self._children = children
-        self._namespace = namespace
-        self._path = address.removeprefix("unix://")
-        self._binary = binary
-        self._grpc_address = grpc_address
+        self._namespace = ""
+        self._path = ""
+        self._binary = ""
+        self._grpc_address = ""
         self.queue: deque[tuple[str, bytes]] = deque()
         """Topics and serialized envelopes that wait, the first one perhaps on its way."""
         self._socket: socket.socket | None = None
@@ -77,6 +71,14 @@ class Publisher:
         self._delay = FIRST_RETRY
         self._running = False
         self._emptied: list[Future[None]] = []
+
+    def address(self, namespace: str, address: str, *, binary: str = "", grpc_address: str = "") -> None:
+        """Where events go: `address` is the daemon's ttrpc socket; where it is "" the `publish` command of `binary` is
+        run for each event (daemons that don't say where they listen). With neither, events are dropped."""
+        self._namespace = namespace
+        self._path = address.removeprefix("unix://")
+        self._binary = binary
+        self._grpc_address = grpc_address
 
     def publish(self, event: Message) -> None:
         """Queue an event (one of `TOPICS`), with the time as it is now."""
@@ -135,7 +137,6 @@ class Publisher:
 
     def _connect(self) -> bool:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self._protocol = ClientConnection()
         try:
             # a unix socket connects at once, or says EAGAIN when the backlog is full
             if len(os.fsencode(self._path)) <= MAX_PATH:
@@ -151,8 +152,14 @@ class Publisher:
             self._socket.close()
             self._socket = None
             return False
-        self._loop.on_read(self._socket.fileno(), self._readable)
+        self.connected(self._socket)
         return True
+
+    def connected(self, sock: socket.socket) -> None:
+        """Send over this connection, which is non-blocking."""
+        self._socket = sock
+        self._protocol = ClientConnection()
+        self._loop.on_read(sock.fileno(), self._readable)
 
     def _send(self) -> None:
         request = events_ttrpc_pb2.ForwardRequest()
@@ -162,7 +169,7 @@ class Publisher:
             "Forward",
             request.SerializeToString(),
             timeout_nano=int(CONFIRM * 1e9),
-            metadata={TTRPC_NAMESPACE: self._namespace},
+            metadata={_NAMESPACE: self._namespace},
         )
         self._timer = self._loop.later(CONFIRM, self._lost)
         self._writable()

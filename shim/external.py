@@ -9,15 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from typing import TYPE_CHECKING, Any, Final
 
 from wherry.core import errors
 from wherry.shim.loop import DEFAULT_SIGNALS
-from wherry.shim.oci_runtime import Checkpoint, kill_error
+from wherry.shim.oci_runtime import (
+    Checkpoint,
+    Created,
+    kill_error,
+    mount_rootfs,
+    read_spec,
+    shares_pids,
+    unmount_rootfs,
+)
 from wherry.shim.state_files import RuntimeSettings, write_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from wherry.linux.mounts import Mount
     from wherry.shim.loop import Children, Loop
     from wherry.shim.stdio import ProcessIO
 
@@ -34,8 +44,10 @@ class External:
         self._settings = settings
         self._log = f"{settings.bundle}/log.json"
 
-    async def create(self, container: str, io: ProcessIO, spec: dict[str, Any]) -> int:
+    async def create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
         settings = self._settings
+        spec = read_spec(settings.bundle)
+        mount_rootfs(settings.bundle, rootfs)
         pid_file = f"{settings.bundle}/init.pid"
         command = ["create", "--bundle", settings.bundle, "--pid-file", pid_file]
         command += self._console(io)
@@ -44,7 +56,7 @@ class External:
         if settings.no_new_keyring:
             command.append("--no-new-keyring")
         await self._run("OCI runtime create failed", [*command, container], io=io)
-        return _pid(pid_file)
+        return Created(_pid(pid_file), shares_pids(spec), bool(spec.get("hooks")))
 
     async def start(self, container: str) -> None:
         await self._run("OCI runtime start failed", ["start", container])
@@ -74,6 +86,7 @@ class External:
         except errors.WherryError as error:
             if "does not exist" not in error.message:
                 raise
+        unmount_rootfs(self._settings.bundle)
 
     async def pause(self, container: str) -> None:
         await self._run("OCI runtime pause failed", ["pause", container])
@@ -97,15 +110,17 @@ class External:
         command += [] if not to.leave_running else ["--leave-running"]
         await self._run("", [*command, *_criu(to), container])
 
-    async def restore(self, container: str, source: Checkpoint, io: ProcessIO) -> int:
+    async def restore(self, container: str, source: Checkpoint, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
         settings = self._settings
         pid_file = f"{settings.bundle}/init.pid"
         command = ["restore", "--image-path", source.image, "--work-path", source.work, "--bundle", settings.bundle]
         command += ["--pid-file", pid_file, "--detach", "--no-subreaper", *self._console(io), *_criu(source)]
         if settings.no_pivot:
             command.append("--no-pivot")
+        spec = read_spec(settings.bundle)
+        mount_rootfs(settings.bundle, rootfs)
         await self._run("OCI runtime restore failed", [*command, container], io=io)
-        return _pid(pid_file)
+        return Created(_pid(pid_file), shares_pids(spec), bool(spec.get("hooks")))
 
     # -- running it ------------------------------------------------------------------------------------------------
 
@@ -114,7 +129,7 @@ class External:
 
     async def _run(self, failed: str, command: list[str], *, io: ProcessIO | None = None, stdin: bytes = b"") -> bytes:
         settings = self._settings
-        binary = shutil.which(settings.binary)
+        binary = which(settings.binary)
         if binary is None:
             raise errors.WherryError(
                 f'{failed or command[0]}: exec: "{settings.binary}": executable file not found in $PATH'
@@ -143,6 +158,16 @@ class External:
             printed = said[-_SAID:].decode(errors="replace").strip()
             reason = f"{binary} did not terminate successfully: exit status {end.status}: {printed}"
         raise errors.WherryError(f"{failed}: {reason}" if failed else reason)
+
+
+def which(name: str) -> str | None:
+    """A program by path, or looked for on PATH as execvp does."""
+    folders = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(os.pathsep)
+    for folder in folders:
+        path = os.path.join(folder, name)
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return path
+    return None
 
 
 def _spawn(line: list[str], streams: tuple[int, int, int]) -> int:

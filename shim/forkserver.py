@@ -16,122 +16,131 @@ The control socket is SOCK_SEQPACKET: a message is one JSON object, whoever send
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
 import os
-import signal
 import socket
 import struct
+import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from wherry.core.errors import AlreadyExists, Code, WherryError
-from wherry.linux.process import set_process_title
+from wherry.linux.process import reserve_process_title, set_child_subreaper, set_process_title
 from wherry.proto.ttrpc import sockets
 from wherry.runtime import container as bundled
 from wherry.runtime.sealed import ensure_sealed
 from wherry.shim.cleanup import clean_up
 from wherry.shim.log import log, log_exception, take_over
-from wherry.shim.serving import NAME, Parameters, become_shim, serve
+from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals
+from wherry.shim.warming import walk
 
 TASK_API_VERSION: Final = 3
+# what a title may hold: the longest id and namespace (76 each), and the address
+TITLE_ROOM: Final = 1024
 _MESSAGE_MAX: Final = 256 * 1024
 
 
 def main() -> None:
     """The command: load, freeze, serve the control socket until its end."""
-    parser = argparse.ArgumentParser(prog="wherry-forkserver", description=__doc__)
-    parser.add_argument("--control-fd", type=int, required=True, help="a connected SOCK_SEQPACKET socket")
-    arguments = parser.parse_args()
+    if len(sys.argv) != 3 or sys.argv[1] != "--control-fd" or not sys.argv[2].isdigit():
+        sys.exit("usage: python -I -m wherry.shim.forkserver --control-fd N\n\nStarted by wherryd, not by hand.")
+    number = int(sys.argv[2])
     ensure_sealed()
-    control = socket.socket(fileno=arguments.control_fd)
-    os.set_inheritable(arguments.control_fd, False)
+    control = socket.socket(fileno=number)
+    os.set_inheritable(number, False)
+    reserve_process_title(TITLE_ROOM)
     set_process_title(["wherry-forkserver"], "wherry-fork")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # its life ends with the control socket; Ctrl-C in the daemon's terminal is the daemon's
-        signal.signal(number, signal.SIG_IGN)
-    preload()
-    run(control)
+    # its life ends with the control socket; Ctrl-C in the daemon's terminal is the daemon's
+    install_signals()
+    run(control, preload())
 
 
-def preload() -> None:
-    """Load what is loaded late elsewhere, then hand all objects to the collector's permanent generation."""
+def preload() -> Life:
+    """Load what is loaded late elsewhere, walk the shim's ways, then hand all objects to the permanent generation."""
     bundled.preload()
+    walk()
+    life = Life()
     gc.collect()
     # nothing collected later looks at them, so their pages stay shared
     gc.freeze()
+    return life
 
 
-def run(control: socket.socket) -> None:
-    """Answer until the daemon closes its end."""
+def run(control: socket.socket, life: Life) -> None:
+    """Answer until the daemon closes its end.
+
+    As little as can be happens between two forks: what this process writes to is no longer shared with the shims that
+    were forked before, and every one of them is left with a copy of its own.
+    """
+    receive, fork, wait = control.recv, os.fork, os.waitpid
     while True:
         try:
-            data = control.recv(_MESSAGE_MAX)
-        except InterruptedError:
-            continue
+            data = receive(_MESSAGE_MAX)
         except OSError:
             return
         if not data:
             return
-        request = json.loads(data)
-        operation = request.pop("op", "")
-        sequence = int(request.pop("seq", 0))
-        try:
-            _answer(control, operation, sequence, request)
-        except (WherryError, OSError, KeyError, TypeError) as error:
-            _refuse(control, sequence, error)
+        middle = fork()
+        if not middle:
+            _orphan(_answer, control, life, data)
+        wait(middle, 0)
 
 
-def _answer(control: socket.socket, operation: str, sequence: int, request: dict[str, Any]) -> None:
-    if operation == "ping":
-        _reply(control, sequence, {"pid": os.getpid()})
-    elif operation == "spawn":
-        detach(lambda: _shim(control, sequence, request))
-    elif operation == "delete":
-        detach(lambda: _delete(control, sequence, request))
-    else:
-        raise WherryError(f"the fork server knows no {operation!r}")
-
-
-def detach(function: Callable[[], object]) -> None:
+def detach(function: Callable[..., object], *args: object) -> None:
     """Run a function in a process that is a child of init and leads its own session; it ends with the function."""
     middle = os.fork()
-    if middle:
-        os.waitpid(middle, 0)
-        return
-    if os.fork():
-        os._exit(0)
+    if not middle:
+        _orphan(function, *args)
+    os.waitpid(middle, 0)
+
+
+def _orphan(function: Callable[..., object], *args: object) -> NoReturn:
     status = 1
     try:
-        os.setsid()
-        function()
-        status = 0
-    except BaseException as error:  # noqa: BLE001  # nothing may return into the fork server's loop
+        if os.fork():
+            status = 0
+        else:
+            os.setsid()
+            function(*args)
+            status = 0
+    except BaseException as error:  # noqa: BLE001  # nothing may return into the caller's code
         log_exception(error)
     finally:
         os._exit(status)
 
 
+def _answer(control: socket.socket, life: Life, data: bytes) -> None:
+    request = json.loads(data)
+    operation = request.pop("op", "")
+    sequence = int(request.pop("seq", 0))
+    try:
+        if operation == "spawn":
+            _shim(control, sequence, request, life)
+        elif operation == "delete":
+            _delete(control, sequence, request)
+        elif operation == "ping":
+            _reply(control, sequence, {})
+        else:
+            raise WherryError(f"the fork server knows no {operation!r}")
+    except (WherryError, OSError, KeyError, TypeError) as error:
+        _refuse(control, sequence, error)
+
+
 # -- in the shim -----------------------------------------------------------------------------------------------------
 
 
-def _shim(control: socket.socket, sequence: int, request: dict[str, Any]) -> None:
-    try:
-        parameters = _parameters(request)
-        _own_streams(parameters.bundle, str(request.get("log_level", "info")))
-        listener = _listen(control, sequence, parameters)
-        if listener is None:
-            return
-        become_shim(parameters)
-    except (WherryError, OSError, KeyError, TypeError) as error:
-        _refuse(control, sequence, error)
+def _shim(control: socket.socket, sequence: int, request: dict[str, Any], life: Life) -> None:
+    parameters = _parameters(request)
+    _own_streams(parameters.bundle, str(request.get("log_level", "info")))
+    listener = _listen(control, sequence, parameters)
+    if listener is None:
         return
+    become_shim(parameters)
     _reply(control, sequence, {"pid": os.getpid(), "socket": parameters.socket, "version": TASK_API_VERSION})
     control.close()
-    gc.enable()
-    serve(listener, parameters)
+    life.serve(listener, parameters)
 
 
 def _parameters(request: dict[str, Any]) -> Parameters:
@@ -155,8 +164,6 @@ def _own_streams(bundle: str, level: str) -> None:
     os.dup2(fd, 2)
     os.close(fd)
     take_over(level)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _listen(control: socket.socket, sequence: int, parameters: Parameters) -> socket.socket | None:
@@ -171,13 +178,10 @@ def _listen(control: socket.socket, sequence: int, parameters: Parameters) -> so
 
 
 def _delete(control: socket.socket, sequence: int, request: dict[str, Any]) -> None:
-    try:
-        parameters = _parameters(request)
-        set_process_title([NAME, "-namespace", parameters.namespace, "-id", parameters.id, "delete"], NAME)
-        remains = clean_up(parameters.namespace, parameters.id, parameters.bundle, parameters.runtime_root)
-    except (WherryError, OSError, KeyError, TypeError) as error:
-        _refuse(control, sequence, error)
-        return
+    parameters = _parameters(request)
+    set_process_title([NAME, "-namespace", parameters.namespace, "-id", parameters.id, "delete"], NAME)
+    set_child_subreaper()
+    remains = clean_up(parameters.namespace, parameters.id, parameters.bundle, parameters.runtime_root)
     _reply(
         control,
         sequence,

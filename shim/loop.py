@@ -143,14 +143,18 @@ class Lock:
 class Loop:
     """One epoll, one heap of timers, one queue of what is ready."""
 
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
+    def __init__(self, *, opened: bool = True) -> None:
+        self._epoll: select.epoll = select.epoll() if opened else None  # type: ignore[assignment]  # until `open`
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._ready: deque[Callable[[], None]] = deque()
         self._stopped = False
+
+    def open(self) -> None:
+        """Get the epoll descriptor, for a loop that was made before a fork without one."""
+        self._epoll = select.epoll()
 
     # -- descriptors -----------------------------------------------------------------------------------------------
 
@@ -293,6 +297,10 @@ class Exit:
         self.at_ns = at_ns
 
 
+def ignore(number: int, frame: object) -> None:
+    """A signal's handler that does nothing; unlike SIG_IGN, execve doesn't hand it on."""
+
+
 class Children:
     """Reaps every child, ours and those that became ours because their parent died (PR_SET_CHILD_SUBREAPER).
 
@@ -300,15 +308,21 @@ class Children:
     runtime told its pid. Otherwise it is an orphan of the container and forgotten.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, *, opened: bool = True) -> None:
         self._loop = loop
         self._waiting: dict[int, list[Future[Exit]]] = {}
         self._unclaimed: dict[int, Exit] = {}
         self._expecting = 0
+        self._wake_read, self._wake_write = -1, -1
+        if opened:
+            self.open()
+
+    def open(self) -> None:
+        """Listen for the signal; once, in the process whose children they are."""
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # the wakeup descriptor needs a Python handler
+        signal.signal(signal.SIGCHLD, ignore)  # the wakeup descriptor needs a Python handler
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        loop.on_read(self._wake_read, self._woken)
+        self._loop.on_read(self._wake_read, self._woken)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -7,21 +7,23 @@ Both raise `wherry.core.errors`, with texts that begin as containerd's do (`OCI 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import signal
-import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from wherry.core import errors
+from wherry.linux import mounts
 from wherry.runtime import container as bundled
 from wherry.runtime.errors import ContainerError
+from wherry.shim.log import log
 
 if TYPE_CHECKING:
+    from wherry.linux.mounts import Mount
     from wherry.shim.loop import Children, Loop
     from wherry.shim.state_files import RuntimeSettings
     from wherry.shim.stdio import ProcessIO
@@ -31,9 +33,6 @@ EXTERNAL_ROOT: Final = "/run/containerd/runc"
 BUNDLED_ROOT: Final = "/run/wherry/runtime"
 # names for the runtime that comes with Wherry
 BUNDLED_NAMES: Final = frozenset({"", "wherry-runtime"})
-
-# before an answer from a forked child: its length in bytes
-_LENGTH: Final = struct.Struct("=I")
 
 _KINDS: Final[dict[str, type[errors.WherryError]]] = {
     "invalid_argument": errors.InvalidArgument,
@@ -58,11 +57,26 @@ class Checkpoint:
     empty_namespaces: tuple[str, ...] = ()
 
 
+class Created(NamedTuple):
+    """A container that was made.
+
+    `shares_pids`: it has no pid namespace of its own, so that its init doesn't take the other processes along.
+    `hooks`: its config.json has any, which may take as long as they like.
+    """
+
+    pid: int
+    shares_pids: bool
+    hooks: bool
+
+
 class OciRuntime(Protocol):
     """What the shim asks of a runtime. The caller is the subreaper of all that it starts."""
 
-    async def create(self, container: str, io: ProcessIO, spec: dict[str, Any]) -> int:
-        """Make the container of the bundle, whose config.json is `spec`; its init's pid, which waits for `start`."""
+    async def create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
+        """Mount the root filesystem (nothing for an empty list) and make the container of the bundle.
+
+        Its init waits for `start`. Undoes what it did when it fails.
+        """
 
     async def start(self, container: str) -> None:
         """Let init go on."""
@@ -74,7 +88,7 @@ class OciRuntime(Protocol):
         """Signal init, or all processes. Raises NotFound when there is none."""
 
     async def delete(self, container: str, *, force: bool = False) -> None:
-        """Remove what the runtime keeps; fine if it keeps nothing. `force` kills first."""
+        """Remove what the runtime keeps, and the mounted root; fine if there is nothing. `force` kills first."""
 
     async def pause(self, container: str) -> None:
         """Freeze."""
@@ -91,8 +105,8 @@ class OciRuntime(Protocol):
     async def checkpoint(self, container: str, to: Checkpoint) -> None:
         """Save the processes. Raises Unimplemented where the runtime can't."""
 
-    async def restore(self, container: str, source: Checkpoint, io: ProcessIO) -> int:
-        """Make the container from saved processes and let them go on; the pid of its init."""
+    async def restore(self, container: str, source: Checkpoint, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
+        """Make the container from saved processes and let them go on."""
 
 
 def kill_error(error: errors.WherryError) -> errors.WherryError:
@@ -118,9 +132,16 @@ class Bundled:
         self._settings = settings
         self._hooks = True  # until the specification is known to have none
 
-    async def create(self, container: str, io: ProcessIO, spec: dict[str, Any]) -> int:
+    async def create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
+        created = Created(*await self._forked("OCI runtime create failed", self._create, container, io, rootfs))
+        self._hooks = created.hooks
+        return created
+
+    def _create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
+        """In the child: what the shim doesn't do itself leaves its memory shared."""
         settings = self._settings
-        self._hooks = bool(spec.get("hooks"))
+        spec = read_spec(settings.bundle)
+        mount_rootfs(settings.bundle, rootfs)
         request = bundled.CreateRequest(
             settings.root,
             container,
@@ -133,8 +154,12 @@ class Bundled:
             no_new_keyring=settings.no_new_keyring,
             systemd_cgroup=settings.systemd_cgroup,
         )
-        pid: int = await self._forked("OCI runtime create failed", bundled.create, request)
-        return pid
+        try:
+            pid = bundled.create(request)
+        except BaseException:
+            unmount_rootfs(settings.bundle)
+            raise
+        return Created(pid, shares_pids(spec), bool(spec.get("hooks")))
 
     async def start(self, container: str) -> None:
         failed = "OCI runtime start failed"
@@ -185,6 +210,7 @@ class Bundled:
         except errors.WherryError as error:
             if not isinstance(error, errors.NotFound) and "does not exist" not in error.message:
                 raise
+        unmount_rootfs(self._settings.bundle)
 
     async def pause(self, container: str) -> None:
         await self._forked("OCI runtime pause failed", bundled.pause, self._settings.root, container)
@@ -204,12 +230,51 @@ class Bundled:
     async def checkpoint(self, container: str, to: Checkpoint) -> None:
         raise errors.Unimplemented("the bundled runtime can't checkpoint: use runc or crun with criu: not implemented")
 
-    async def restore(self, container: str, source: Checkpoint, io: ProcessIO) -> int:
+    async def restore(self, container: str, source: Checkpoint, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
         raise errors.Unimplemented("the bundled runtime can't restore: use runc or crun with criu: not implemented")
 
     async def _forked(self, failed: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         with told_as(failed):
             return await in_child(self._loop, self._children, function, *args, **kwargs)
+
+
+def read_spec(bundle: str) -> dict[str, Any]:
+    """The bundle's config.json. Raises InvalidArgument where it is no JSON object."""
+    path = f"{bundle}/config.json"
+    with open(path, "rb") as file:
+        try:
+            spec = json.load(file)
+        except ValueError as error:
+            raise errors.InvalidArgument(f"{path} is not JSON: {error}: invalid argument") from error
+    if not isinstance(spec, dict):
+        raise errors.InvalidArgument(f"{path} is no JSON object: invalid argument")
+    return spec
+
+
+def shares_pids(spec: dict[str, Any]) -> bool:
+    """Whether the container has no pid namespace of its own."""
+    namespaces = (spec.get("linux") or {}).get("namespaces") or []
+    return not any(namespace.get("type") == "pid" and not namespace.get("path") for namespace in namespaces)
+
+
+def mount_rootfs(bundle: str, rootfs: Sequence[Mount]) -> None:
+    """Mount a snapshot at the bundle's `rootfs`; nothing for an empty list."""
+    if not rootfs:
+        return
+    target = f"{bundle}/rootfs"
+    os.makedirs(target, 0o711, exist_ok=True)
+    try:
+        mounts.mount_all(rootfs, target)
+    except OSError as error:
+        raise errors.WherryError(f"failed to mount rootfs component: {error}") from error
+
+
+def unmount_rootfs(bundle: str) -> None:
+    """Take the root away; what isn't mounted is no error, what can't be is told in the log."""
+    try:
+        mounts.unmount_all(f"{bundle}/rootfs")
+    except OSError as error:
+        log("error", f"failed to cleanup rootfs mount: {error}", bundle=bundle)
 
 
 @contextlib.contextmanager
@@ -226,7 +291,7 @@ def told_as(failed: str) -> Iterator[None]:
 async def in_child(
     loop: Loop, children: Children, function: Callable[..., Any], *args: object, **kwargs: object
 ) -> Any:
-    """Call a blocking function in a forked child while the loop goes on; what it returns or raises (pickled).
+    """Call a blocking function in a forked child while the loop goes on; what it returns (JSON holds it) or raises.
 
     What the child's own children leave behind becomes the shim's. Raises Internal when the child dies without a word.
     """
@@ -247,23 +312,21 @@ async def in_child(
             return
         received.extend(data)
         # a whole answer is enough: the process that gave it takes another millisecond to end
-        if not data or _is_whole(received):
+        if not data or data.endswith(b"\n"):
             loop.forget(read)
             os.close(read)
             answered.set(None)
 
     loop.on_read(read, readable)
     await answered
-    if len(received) <= _LENGTH.size:
+    if not received.endswith(b"\n"):
         raise errors.Internal(f"the runtime died with exit status {(await ended).status}")
-    ok, value = pickle.loads(received[_LENGTH.size :])  # noqa: S301  # from our own fork
-    if ok:
-        return value
-    raise value
-
-
-def _is_whole(received: bytearray) -> bool:
-    return len(received) > _LENGTH.size and len(received) == _LENGTH.size + _LENGTH.unpack_from(received)[0]
+    answer = json.loads(received)
+    if "result" in answer:
+        return answer["result"]
+    if "code" in answer:
+        raise errors.from_code(answer["code"], answer["error"])
+    raise ContainerError(answer["error"], answer["kind"])
 
 
 def _child(write: int, function: Callable[..., Any], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -272,13 +335,15 @@ def _child(write: int, function: Callable[..., Any], args: tuple[object, ...], k
         signal.set_wakeup_fd(-1)  # it belongs to the shim
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            answer = (True, function(*args, **kwargs))
+            answer: dict[str, Any] = {"result": function(*args, **kwargs)}
         except ContainerError as error:
-            answer = (False, ContainerError(error.message, error.kind))
+            answer = {"error": error.message, "kind": error.kind}
+        except errors.WherryError as error:
+            answer = {"error": error.message, "code": int(error.code)}
         except OSError as error:
-            answer = (False, ContainerError(str(error)))
-        data = pickle.dumps(answer)
-        data = _LENGTH.pack(len(data)) + data
+            answer = {"error": str(error), "kind": "unknown"}
+        # the newline says that this is all of it
+        data = json.dumps(answer).encode() + b"\n"
         os.set_blocking(write, True)
         while data:
             data = data[os.write(write, data) :]

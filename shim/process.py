@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wherry.core.errors import FailedPrecondition, NotFound
@@ -24,16 +23,17 @@ _NO_TIME = -62135596800
 DRAIN_STEP, DRAIN_LIMIT = 2.0, 10.0
 
 
-@dataclass(frozen=True, slots=True)
 class Shim:
-    """What every part of a shim works with."""
+    """What every part of a shim works with. `runtime_root`: where the bundled runtime keeps this namespace's state."""
 
-    loop: Loop
-    children: Children
-    publisher: Publisher
-    namespace: str
-    runtime_root: str
-    """Where the bundled runtime keeps its state for this namespace."""
+    __slots__ = ("children", "loop", "namespace", "publisher", "runtime_root")
+
+    def __init__(self, loop: Loop, children: Children, publisher: Publisher) -> None:
+        self.loop = loop
+        self.children = children
+        self.publisher = publisher
+        self.namespace = ""
+        self.runtime_root = ""
 
 
 class Process:

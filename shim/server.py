@@ -37,24 +37,32 @@ Services = Mapping[str, Mapping[str, Handler]]
 
 
 class Server:
-    """Serves `services` on a listening, non-blocking socket."""
+    """Serves `services`; `connected` is called for each new connection."""
 
-    def __init__(
-        self, loop: Loop, services: Services, listener: socket.socket, connected: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, loop: Loop, services: Services, connected: Callable[[], None]) -> None:
         self._loop = loop
         self._services = services
-        self._listener = listener
+        self._listener: socket.socket | None = None
         self._connected = connected
         self._connections: set[_Connection] = set()
-        loop.on_read(listener.fileno(), self._accept)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept on a listening, non-blocking socket, which is the server's from now on."""
+        self._listener = listener
+        self._loop.on_read(listener.fileno(), self._accept)
 
     def _accept(self) -> None:
+        if self._listener is None:
+            return
         try:
             peer, _ = self._listener.accept()
         except OSError:  # it went away again, or no descriptor is left; the backlog keeps it
             return
         peer.setblocking(False)
+        self.adopt(peer)
+
+    def adopt(self, peer: socket.socket) -> None:
+        """Serve a connected, non-blocking socket."""
         self._connections.add(_Connection(self._loop, self._services, peer, self._connections.discard))
         self._connected()
 
@@ -70,8 +78,10 @@ class Server:
 
     def close(self) -> None:
         """Stop listening and cut all connections."""
-        self._loop.forget(self._listener.fileno())
-        self._listener.close()
+        if self._listener is not None:
+            self._loop.forget(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
         for connection in list(self._connections):
             connection.close()
 

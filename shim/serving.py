@@ -11,14 +11,13 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from wherry.linux import cgroups
 from wherry.linux.process import set_child_subreaper, set_process_title
 from wherry.shim.events import Publisher
 from wherry.shim.log import log
-from wherry.shim.loop import Children, Loop
+from wherry.shim.loop import Children, Loop, ignore
 from wherry.shim.oci_runtime import BUNDLED_ROOT
 from wherry.shim.process import Shim
 from wherry.shim.server import Server
@@ -30,10 +29,11 @@ FLUSH: Final = 5.0
 # a shim whose daemon died between starting it and using it ends by itself after so many seconds
 UNUSED: Final = 120.0
 _MAX_OOM_SCORE: Final = 1000
+# a terminal that goes away or a service manager's SIGTERM don't end a container
+IGNORED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(NamedTuple):
     """What a shim is told at its start. `bundle` is also its working directory; `socket` the path it listens on."""
 
     namespace: str
@@ -48,22 +48,39 @@ class Parameters:
     oom_score_adj: int | None = None
 
 
+def install_signals() -> None:
+    """Handlers that a shim has, and that forks of this process inherit."""
+    for number in IGNORED:
+        signal.signal(number, ignore)
+    signal.signal(signal.SIGUSR1, _describe)
+
+
 def become_shim(parameters: Parameters) -> None:
     """Make this process one that outlives its parent and whose orphans come to it; before it serves."""
     set_child_subreaper()
     title = [NAME, "-namespace", parameters.namespace, "-id", parameters.id, "-address", parameters.grpc_address]
     set_process_title(title, NAME)
-    # a terminal that goes away or a service manager's SIGTERM don't end a container; a handler, unlike SIG_IGN, isn't
-    # inherited by what is executed
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: None)
-    signal.signal(signal.SIGUSR1, _describe)
     _adjust_oom_score(parameters.oom_score_adj)
     if parameters.shim_cgroup:
         cgroup = cgroups.plan(parameters.shim_cgroup, parameters.id)
         if not cgroup.exists():
             cgroup.create()
-        cgroup.join() if cgroup.version == 1 else cgroup.add(os.getpid())
+        if cgroup.version == 1:
+            cgroup.join()
+        else:
+            cgroup.add(os.getpid())
+
+
+def _adjust_oom_score(wanted: int | None) -> None:
+    """A shim is killed sooner than the daemon, its parent, but not by much (containerd's AdjustOOMScore)."""
+    with contextlib.suppress(OSError, ValueError):
+        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            score = int(os.read(fd, 32)) + 1 if wanted is None else wanted
+            if score <= _MAX_OOM_SCORE:
+                os.pwrite(fd, b"%d" % score, 0)
+        finally:
+            os.close(fd)
 
 
 def _describe(number: int, frame: object) -> None:
@@ -71,57 +88,67 @@ def _describe(number: int, frame: object) -> None:
     log("warning", "asked by SIGUSR1", objects=len(gc.get_objects()), modules=" ".join(sorted(sys.modules)))
 
 
-def _adjust_oom_score(wanted: int | None) -> None:
-    """A shim is killed sooner than the daemon, its parent, but not by much (containerd's AdjustOOMScore)."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as file:
-        score = int(file.read()) + 1 if wanted is None else wanted
-        if score <= _MAX_OOM_SCORE:
-            file.seek(0)
-            file.write(str(score))
+class Life:
+    """A shim's objects. The fork server makes them once, before it knows whose they will be; `begin` tells."""
 
+    def __init__(self) -> None:
+        self.loop = Loop(opened=False)
+        self.children = Children(self.loop, opened=False)
+        self.publisher = Publisher(self.loop, self.children)
+        self.shim = Shim(self.loop, self.children, self.publisher)
+        self.service = TaskService(self.shim, self._shut_down)
+        self.server = Server(self.loop, self.service.services(), self.publisher.retry_now)
+        self._ending = False
 
-def serve(listener: socket.socket, parameters: Parameters) -> None:
-    """Serve the task API until Shutdown; then remove the socket."""
-    loop = Loop()
-    children = Children(loop)
-    publisher = Publisher(
-        loop,
-        children,
-        parameters.namespace,
-        parameters.ttrpc_address,
-        binary=parameters.publish_binary,
-        grpc_address=parameters.grpc_address,
-    )
-    root = parameters.runtime_root or f"{BUNDLED_ROOT}/{parameters.namespace}"
-    shim = Shim(loop, children, publisher, parameters.namespace, root)
+    def begin(self, parameters: Parameters) -> None:
+        """Get what can't be shared with other shims, and take up the parameters."""
+        self.loop.open()
+        self.children.open()
+        self.publisher.address(
+            parameters.namespace,
+            parameters.ttrpc_address,
+            binary=parameters.publish_binary,
+            grpc_address=parameters.grpc_address,
+        )
+        self.shim.namespace = parameters.namespace
+        self.shim.runtime_root = parameters.runtime_root or f"{BUNDLED_ROOT}/{parameters.namespace}"
 
-    async def end() -> None:
-        emptied = publisher.emptied()
+    def serve(self, listener: socket.socket, parameters: Parameters) -> None:
+        """Serve the task API until Shutdown; then remove the socket."""
+        self.begin(parameters)
+        self.server.listen(listener)
+        self.loop.later(UNUSED, self._unused)
+        try:
+            self.loop.run()
+        finally:
+            self.server.close()
+            with contextlib.suppress(OSError):
+                os.unlink(parameters.socket)
+
+    def _shut_down(self) -> None:
+        if not self._ending:
+            self._ending = True
+            self.loop.soon(self._end_soon)
+
+    def _end_soon(self) -> None:
+        self.loop.spawn(self._end())
+
+    async def _end(self) -> None:
+        emptied = self.publisher.emptied()
         if not emptied.done:
-            loop.later(FLUSH, lambda: emptied.set(None))
+            self.loop.later(FLUSH, lambda: emptied.set(None))
             await emptied
         for _ in range(100):
-            if not server.unsent:
+            if not self.server.unsent:
                 break
-            await loop.sleep(0.01)
-        loop.stop()
+            await self.loop.sleep(0.01)
+        self.loop.stop()
 
-    def unused() -> None:
-        if service.idle and not server.connected:
-            log("warning", "nobody used this shim", id=parameters.id)
-            loop.stop()
-        elif service.idle:
-            loop.later(UNUSED, unused)
-
-    def shut_down() -> None:
-        loop.spawn(end())
-
-    service = TaskService(shim, lambda: loop.soon(shut_down))
-    server = Server(loop, service.services(), listener, publisher.retry_now)
-    loop.later(UNUSED, unused)
-    try:
-        loop.run()
-    finally:
-        server.close()
-        with contextlib.suppress(OSError):
-            os.unlink(parameters.socket)
+    def _unused(self) -> None:
+        if not self.service.idle:
+            return
+        if self.server.connected:
+            self.loop.later(UNUSED, self._unused)
+        else:
+            log("warning", "nobody used this shim")
+            self.loop.stop()

@@ -20,11 +20,9 @@ import signal
 import socket
 import stat
 import struct
-import tempfile
 import termios
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 from wherry.core import errors
 from wherry.shim.copying import Copy
@@ -59,6 +57,27 @@ class Owner:
     id: str
     uid: int = 0
     gid: int = 0
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """Scheme ("fifo" for a bare path), path and query. (urllib.parse weighs more than all of this module.)"""
+    scheme, found, rest = uri.partition("://")
+    if not found or not scheme.isalnum():
+        return "fifo", uri, ""
+    path, _, query = rest.partition("?")
+    return scheme.lower(), _unquote(path), query
+
+
+def _unquote(text: str) -> str:
+    """Undo percent-encoding (RFC 3986, 2.1)."""
+    first, *rest = text.encode().split(b"%")
+    out = [first]
+    for part in rest:
+        try:
+            out.append(bytes([int(part[:2], 16)]) + part[2:])
+        except ValueError:
+            out.append(b"%" + part)
+    return b"".join(out).decode(errors="replace")
 
 
 class ProcessIO:
@@ -112,13 +131,12 @@ class ProcessIO:
 
     async def _open_sinks(self) -> None:
         stdio = self._stdio
-        scheme = urlsplit(stdio.stdout).scheme or "fifo"
+        scheme, path, query = split_uri(stdio.stdout)
         if scheme == "binary":
-            out, err = await self._start_logger()
+            out, err = await self._start_logger(path, query)
             self._sinks = (_Sink(out), _Sink(err))
         elif scheme == "file":
             # one file for both, as containerd has it
-            path = unquote(urlsplit(stdio.stdout).path)
             os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
             sink = self._keep(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
             self._sinks = (_Sink(sink), _Sink(sink))
@@ -201,12 +219,11 @@ class ProcessIO:
 
     # -- the logging program ---------------------------------------------------------------------------------------
 
-    async def _start_logger(self) -> tuple[int, int]:
-        url = urlsplit(self._stdio.stdout)
-        program = unquote(url.path)
+    async def _start_logger(self, program: str, query: str) -> tuple[int, int]:
         arguments = [program]
-        for key, value in parse_qsl(url.query, keep_blank_values=True):
-            arguments += [key, value] if value else [key]
+        for pair in filter(None, query.split("&")):
+            key, _, value = pair.replace("+", " ").partition("=")
+            arguments += [_unquote(key), _unquote(value)] if value else [_unquote(key)]
         out_read, out_write = self._pipe()
         err_read, err_write = self._pipe()
         ready_read, ready_write = self._pipe()
@@ -345,7 +362,9 @@ class Console:
     def path(self) -> str:
         """The path of a socket that listens for the runtime, in a folder of its own that only root may enter."""
         if self._listener is None:
-            self._folder = tempfile.mkdtemp(prefix="pty")
+            # a name that nobody guesses, in a place whose name is short enough for a socket
+            self._folder = f"/tmp/pty{os.urandom(8).hex()}"
+            os.mkdir(self._folder, 0o700)
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._listener.bind(f"{self._folder}/pty.sock")
             self._listener.listen(1)

@@ -120,6 +120,7 @@ def run(request: pytest.FixtureRequest, containerd: Containerd) -> Callable[...,
     extra: tuple[str, ...] = ("--runtime", "io.containerd.wherry.v1")
     if request.param == "runc":
         extra = ("--runtime", "io.containerd.runc.v2", "--runc-binary", need("runc"))
+        extra += ("--runc-root", str(containerd.work / "runc"))
 
     def call(container: str, *command: str, options: tuple[str, ...] = (), check: bool = True) -> str:
         return containerd.run(container, *command, options=(*extra, *options), check=check)
@@ -212,6 +213,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 
 def _none_left(containerd: Containerd) -> None:
+    state = containerd.work / "state"
     _wait_for(lambda: not containerd.shims())
-    assert str(containerd.work / "state") not in Path("/proc/mounts").read_text()
-    assert not list((containerd.work / "state").glob("io.containerd.runtime.v2.task/*/*"))
+    _wait_for(lambda: str(state) not in Path("/proc/mounts").read_text())
+    _wait_for(lambda: not list((state / "io.containerd.runtime.v2.task").glob("*/*")))

@@ -53,7 +53,8 @@ def test_a_full_queue_keeps_what_matters(work: Path) -> None:
     loop = Loop()
     children = Children(loop)
     try:
-        publisher = Publisher(loop, children, "testing", str(work / "nobody.ttrpc"))
+        publisher = Publisher(loop, children)
+        publisher.address("testing", str(work / "nobody.ttrpc"))
         publisher.publish(events_pb2.TaskExit(container_id="first"))
         for number in range(MAX_QUEUED + 100):
             publisher.publish(events_pb2.TaskPaused(container_id=str(number)))
@@ -74,7 +75,8 @@ def test_without_an_address_the_publish_command_is_run(work: Path) -> None:
     loop = Loop()
     children = Children(loop)
     try:
-        publisher = Publisher(loop, children, "testing", "", binary=str(program), grpc_address="/run/d.sock")
+        publisher = Publisher(loop, children)
+        publisher.address("testing", "", binary=str(program), grpc_address="/run/d.sock")
         publisher.publish(events_pb2.TaskStart(container_id="one", pid=1))
         publisher.publish(events_pb2.TaskExit(container_id="two", pid=1))
 
