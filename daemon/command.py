@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from wherry.core.errors import WherryError
 from wherry.daemon import config as configuration
@@ -125,17 +125,19 @@ def _publish(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     from wherry.daemon import logs
+    from wherry.daemon.notify import listeners
 
+    sockets = listeners()  # before anything else opens a file
     config = _load(options)
     logs.set_up(config.debug.level, config.debug.format)
-    with _locks(config):
+    with _locks(config, sockets):
         from wherry.daemon.run import run
 
-        return run(config)
+        return run(config, sockets)
 
 
 @contextlib.contextmanager
-def _locks(config: Config) -> Iterator[None]:
+def _locks(config: Config, handed_over: Container[str]) -> Iterator[None]:
     """Hold what two daemons must not share; the one that is refused has touched nothing of the other's."""
     from wherry.daemon.lock import Lock, refuse_listener
 
@@ -155,8 +157,8 @@ def _locks(config: Config) -> Iterator[None]:
             (f"{address}.lock", f"address {address}"),
         ):
             stack.enter_context(contextlib.closing(Lock(path, what, holder)))
-        if "LISTEN_FDS" not in os.environ:
+        for path in (address, config.ttrpc_address):
             # whoever knows nothing of our locks (a containerd) may still be listening there
-            for path in (address, config.ttrpc_address):
+            if path not in handed_over:
                 refuse_listener(path)
         yield

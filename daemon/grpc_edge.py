@@ -15,9 +15,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
-from wherry.core.errors import WherryError
+from wherry.core.errors import InvalidArgument, WherryError
 from wherry.daemon.addresses import own, short_path, tight_umask
 from wherry.proto.service import Context, Method, methods
 
@@ -102,27 +102,42 @@ class Table(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic only i
 
 
 def _handler(method: Method, call: Callable[[Any, Context], Any]) -> _Handler:
-    """The grpc handler of one method."""
-    read: Callable[[bytes], Message] = method.request.FromString
-    write = _serialize
-    if method.client_streaming and method.server_streaming:
-        return grpc.stream_stream_rpc_method_handler(_streaming(method, call), read, write)
-    if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(_unary(method, call), read, write)
-    if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_streaming(method, call), read, write)
-    return grpc.unary_unary_rpc_method_handler(_unary(method, call), read, write)
+    """The grpc handler of one method. Requests are parsed inside it, so that a malformed one gets an error of ours."""
+    behave = (_streaming if method.server_streaming else _unary)(method, call)
+    kinds = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    return kinds[method.client_streaming, method.server_streaming](behave, None, _serialize)
 
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
 
 
+def _parse(method: Method, data: bytes) -> Message:
+    try:
+        return method.request.FromString(data)
+    except DecodeError as error:
+        raise InvalidArgument(
+            f"{method.path}: the request is no {method.request.DESCRIPTOR.full_name}: {error}"
+        ) from None
+
+
+async def _parse_all(method: Method, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    async for data in requests:
+        yield _parse(method, data)
+
+
 def _unary(method: Method, call: Callable[[Any, Context], Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
+    parse: Callable[[Method, Any], Any] = _parse_all if method.client_streaming else _parse
+
     async def behave(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> Message:
         began = time.perf_counter()
         try:
-            return await call(request, _context(rpc))
+            return await call(parse(method, request), _context(rpc))
         except Exception as error:
             await _abort(rpc, method, error)
             raise
@@ -135,19 +150,19 @@ def _unary(method: Method, call: Callable[[Any, Context], Awaitable[Message]]) -
 def _streaming(
     method: Method, call: Callable[[Any, Context], AsyncIterator[Message]]
 ) -> Callable[..., AsyncIterator[Message]]:
+    parse: Callable[[Method, Any], Any] = _parse_all if method.client_streaming else _parse
+
     async def behave(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Message]:
         began = time.perf_counter()
-        responses = call(request, _context(rpc))
         try:
-            async for response in responses:
-                yield response
+            # a generator that is left half-way must let go of what it holds now, not when it is collected
+            async with contextlib.aclosing(call(parse(method, request), _context(rpc))) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    yield response
         except Exception as error:
             await _abort(rpc, method, error)
             raise
         finally:
-            # a generator that is left half-way must let go of what it holds now, not when it is collected
-            if (close := getattr(responses, "aclose", None)) is not None:
-                await close()
             _log_call(method, began)
 
     return behave

@@ -42,8 +42,8 @@ def listeners() -> dict[str, socket.socket]:
         return {}
     found: dict[str, socket.socket] = {}
     for number in range(_FIRST_FD, _FIRST_FD + int(count)):
-        os.set_inheritable(number, False)
         try:
+            os.set_inheritable(number, False)
             sock = socket.socket(fileno=number)
         except OSError as error:
             log.warning("handed over descriptor is no socket", fd=number, error=str(error))

@@ -7,6 +7,7 @@ import faulthandler
 import os
 import shutil
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Mapping
@@ -18,30 +19,29 @@ from wherry.core.errors import WherryError
 from wherry.daemon import config as configuration
 from wherry.daemon import logs
 from wherry.daemon.config import Config
-from wherry.daemon.notify import listeners
 from wherry.daemon.version import VERSION
 from wherry.shim.client import ForkServer
 
 log = structlog.get_logger(__name__)
 
 
-def run(config: Config) -> int:
-    """Serve until a signal; the exit code."""
+def run(config: Config, listeners: Mapping[str, socket.socket]) -> int:
+    """Serve until a signal; the exit code. `listeners`: sockets handed over by the service manager, by path."""
     forbid_fork()
     log.info("starting wherryd", version=VERSION, pid=os.getpid(), root=config.root, state=config.state)
     for warning in config.warnings:
         log.warning("configuration", warning=warning)
-    return asyncio.run(_run(config))
+    return asyncio.run(_run(config, listeners))
 
 
-async def _run(config: Config) -> int:
+async def _run(config: Config, listeners: Mapping[str, socket.socket]) -> int:
     stop = asyncio.Event()
     _handle_signals(config, stop)
     # its interpreter loads on one processor while ours loads gRPC on the other
     forks = await ForkServer.start(_log_forks)
     from wherry.daemon.server import Daemon  # noqa: PLC0415
 
-    daemon = Daemon(config, listeners(), forks, publish_binary())
+    daemon = Daemon(config, listeners, forks, publish_binary())
     try:
         await daemon.start()
         await stop.wait()

@@ -195,6 +195,10 @@ class Wherryd:
         for path in sorted(cgroups - _cgroups(os.getpid()), key=len, reverse=True):
             with contextlib.suppress(OSError):
                 os.rmdir(path)
+        for record in Path("/run/containerd/runc").glob("*/*/state.json"):
+            with contextlib.suppress(OSError):
+                if str(self.folder) in record.read_text(errors="replace"):
+                    shutil.rmtree(record.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -205,6 +205,8 @@ version = 2
         options = json.loads((own.state / "tasks" / "default" / "two" / "launch.json").read_text())
         assert options == {"runtime": "io.containerd.runc.v2", "binary": ""}
         done = own.ctr("run", "--runtime", "io.containerd.broken.v1", BUSYBOX, "three", "true", check=False)
-        assert 'runtimes."io.containerd.broken.v1" in the configuration: binary "containerd-shim-nowhere"' in done.stderr
+        assert (
+            'runtimes."io.containerd.broken.v1" in the configuration: binary "containerd-shim-nowhere"' in done.stderr
+        )
     finally:
         own.close()
