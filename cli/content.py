@@ -9,10 +9,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import pairs
-from wherry.cli.output import Column, age, labels, listing, listing_options, size
+from wherry.cli.output import Column, age, labels, listing, listing_options, now, size
 from wherry.cli.table import Command
 from wherry.client.content import CHUNK, Info, Status
 from wherry.core.errors import InvalidArgument, WherryError
+from wherry.core.labels import GC_REF_CONTENT, GC_ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,9 +48,9 @@ async def get(session: Session, args: argparse.Namespace) -> None:
 
 
 async def ingest(session: Session, args: argparse.Namespace) -> None:
-    """Uploads what comes on the input."""
+    """Uploads what comes on the input; it stays until it is removed."""
     digest = await session.client.content.write(
-        args.key, _input(), size=args.expected_size, digest=args.expected_digest
+        args.key, _input(), size=args.expected_size, digest=args.expected_digest, labels={GC_ROOT: now()}
     )
     if not args.expected_digest:
         print(digest)
@@ -98,8 +99,8 @@ async def edit(session: Session, args: argparse.Namespace) -> None:
     if not editor:
         raise InvalidArgument("no editor: name one with --editor or EDITOR")
     data = _edited(editor, await session.client.content.blob(args.digest), args.validate)
-    async with session.client.lease(expires=3600) as client:
-        print(await client.content.write(f"edit-{args.digest}", [data], size=len(data)))
+    labelled = {GC_ROOT: now()}
+    print(await session.client.content.write(f"edit-{args.digest}", [data], size=len(data), labels=labelled))
 
 
 def _edited(editor: str, before: bytes, validate: str | None) -> bytes:
@@ -127,8 +128,6 @@ def _edited(editor: str, before: bytes, validate: str | None) -> bytes:
 
 async def prune(session: Session, args: argparse.Namespace) -> None:
     """Takes references to layers away, so that layers whose snapshots are there may go."""
-    from wherry.core.labels import GC_REF_CONTENT  # noqa: PLC0415
-
     content = session.client.content
     async for info in content.list():
         references = [

@@ -56,7 +56,7 @@ def read(path: str) -> Elf:
         raise InvalidArgument(f"{path} isn't an ELF file")
     try:
         return _parse(path, data)
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, ValueError, OverflowError) as error:
         raise InvalidArgument(f"{path}: damaged ELF headers: {error}") from error
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
 
+from wherry.cli.output import now
 from wherry.cli.table import Command
 from wherry.client.archive import Naming, load, save
 from wherry.client.manifests import picture
@@ -115,7 +116,6 @@ def _run_mount(mount: Mount, target: str) -> None:
 
 async def mount_(session: Session, args: argparse.Namespace) -> None:
     """Mounts an image's file system on a folder; the snapshot behind it has the folder's name."""
-    from wherry.cli.snapshots import when_now  # noqa: PLC0415
     from wherry.core.labels import GC_ROOT  # noqa: PLC0415
 
     client = session.client
@@ -126,7 +126,7 @@ async def mount_(session: Session, args: argparse.Namespace) -> None:
     chain = await unpack(client, look, snapshotter)
     snapshots = client.snapshots(snapshotter)
     make = snapshots.prepare if args.rw else snapshots.view
-    mounts = await make(target, chain, {GC_ROOT: when_now()})
+    mounts = await make(target, chain, {GC_ROOT: now()})
     try:
         for mount in mounts:
             _run_mount(mount, target)

@@ -93,3 +93,8 @@ def age(at: float) -> str:
         left /= length
     whole = int(left)
     return f"{whole} {name}" if whole == 1 else f"{whole} {name}s"
+
+
+def now() -> str:
+    """The time now, as the label of a root of the garbage collector has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

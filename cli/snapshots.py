@@ -8,7 +8,7 @@ import shlex
 from typing import TYPE_CHECKING, NamedTuple
 
 from wherry.cli.arguments import pairs
-from wherry.cli.output import Column, labels, listing, listing_options, print_json, size, when
+from wherry.cli.output import Column, labels, listing, listing_options, now, print_json, size, when
 from wherry.cli.table import Command
 from wherry.client.snapshots import Snapshot
 from wherry.core.errors import NotFound
@@ -121,14 +121,7 @@ async def prepare(session: Session, args: argparse.Namespace) -> None:
 
     snapshots = await snapshots_of(session, args)
     make = snapshots.view if args.read_only else snapshots.prepare
-    _print_mounts(await make(args.key, args.parent, {GC_ROOT: when_now(), **pairs(args.label)}), args)
-
-
-def when_now() -> str:
-    """The time now, as the label of a root of the garbage collector has it."""
-    import time  # noqa: PLC0415
-
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    _print_mounts(await make(args.key, args.parent, {GC_ROOT: now(), **pairs(args.label)}), args)
 
 
 async def mounts(session: Session, args: argparse.Namespace) -> None:
@@ -142,7 +135,7 @@ async def commit(session: Session, args: argparse.Namespace) -> None:
     from wherry.core.labels import GC_ROOT  # noqa: PLC0415
 
     snapshots = await snapshots_of(session, args)
-    await snapshots.commit(args.name, args.key, {GC_ROOT: when_now(), **pairs(args.label)})
+    await snapshots.commit(args.name, args.key, {GC_ROOT: now(), **pairs(args.label)})
 
 
 async def delete(session: Session, args: argparse.Namespace) -> None:
@@ -189,7 +182,7 @@ async def diff(session: Session, args: argparse.Namespace) -> None:
         if args.keep:
             from wherry.core.labels import GC_ROOT  # noqa: PLC0415
 
-            await client.content.label(layer.digest, {GC_ROOT: when_now()})
+            await client.content.label(layer.digest, {GC_ROOT: now()})
             print(layer.digest)
         else:
             async for piece in client.content.read(layer.digest):

@@ -57,8 +57,9 @@ class Namespaces:
         request = pb.UpdateNamespaceRequest(
             namespace=pb.Namespace(name=name, labels=dict(labels)), update_mask=label_mask(labels)
         )
-        answer = await self._calls.unary(f"{_SERVICE}/Update", request, pb.UpdateNamespaceResponse)
-        return _parse(answer.namespace)
+        await self._calls.unary(f"{_SERVICE}/Update", request, pb.UpdateNamespaceResponse)
+        # the answer to an update is empty in containerd
+        return await self.get(name)
 
     async def delete(self, name: str) -> None:
         """Removes an empty namespace; raises FailedPrecondition where something is in it."""

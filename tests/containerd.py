@@ -1,0 +1,69 @@
+"""A private containerd of Debian's for tests: own root, state and address; what it leaves is cleaned up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from tests.peers import need
+
+CONFIG = """
+version = 2
+root = "{folder}/root"
+state = "{folder}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+  address = "{folder}/c.sock"
+[ttrpc]
+  address = "{folder}/c.sock.ttrpc"
+"""
+
+
+class Containerd:
+    """One daemon; started by `start`, removed with all that it left by `close`."""
+
+    def __init__(self) -> None:
+        program = need("containerd")
+        need("runc")
+        self.folder = Path(tempfile.mkdtemp(prefix="cd-", dir="/tmp"))
+        self.address = str(self.folder / "c.sock")
+        config = self.folder / "config.toml"
+        config.write_text(CONFIG.format(folder=self.folder))
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen([program, "-c", str(config)], stdout=log, stderr=log)
+
+    def start(self, timeout: float = 20.0) -> None:
+        """Waits until it answers."""
+        ctr = need("ctr")
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            done = subprocess.run([ctr, "-a", self.address, "version"], capture_output=True, check=False)
+            if done.returncode == 0:
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"containerd doesn't answer: {(self.folder / 'log').read_text()[-2000:]}")
+
+    def close(self) -> None:
+        """Ends the daemon and its shims, unmounts, removes the folder."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if str(self.folder).encode() in command and b"containerd-shim" in command:
+                    os.kill(int(pid), signal.SIGKILL)
+        with open("/proc/self/mountinfo") as file:
+            mounts = [line.split()[4] for line in file]
+        for target in reversed([target for target in mounts if target.startswith(f"{self.folder}/")]):
+            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
