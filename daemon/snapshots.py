@@ -2,7 +2,8 @@
 
 A tenant's key is the snapshotter's key `NAMESPACE/NUMBER/KEY`, with a number that is never used twice, so that tenants
 don't see each other's snapshots and a key can be used again at once while the old files are still being removed. The
-snapshotters block and are made for one thread each: each has its own here.
+snapshotters block, so each has a thread of its own, and what takes long has another: the commit of a large layer must
+not hold up a container's start.
 
 Files come before records and go after them. Of a commit, which has to change both, the record says first what it will
 be (`origin`), so that a crash in between is finished or taken back at the next start. Rules and texts are containerd's
@@ -66,6 +67,7 @@ class SnapshotStore:
         self._publish = publish or unheard
         self._snapshotters = dict(snapshotters)
         self._threads = {name: ThreadPoolExecutor(1, f"snapshotter-{name}") for name in snapshotters}
+        self._slow = ThreadPoolExecutor(2, "snapshotters-slow")
         self._last_number = 0
         # backend keys that are being made: no record yet, but no garbage either
         self._making: set[str] = set()
@@ -189,7 +191,7 @@ class SnapshotStore:
         """(bytes, inodes) of the snapshot alone. Raises NotFound."""
         record = self._record(namespace, snapshotter, key)
         backend = self._backend(snapshotter)
-        found = await self._run(snapshotter, lambda: backend.usage(record.backend))
+        found = await self._run_slow(lambda: backend.usage(record.backend))
         return found.size, found.inodes
 
     async def list(self, namespace: str, snapshotter: str, filters: Sequence[str] = ()) -> Sequence[pb.Info]:
@@ -230,7 +232,7 @@ class SnapshotStore:
         rows = await self._metadata.rows("SELECT backend FROM snapshots WHERE snapshotter = ?", (snapshotter,))
         self.discard(snapshotter, there - {row[0] for row in rows} - self._making)
         await self.drain(snapshotter)
-        await self._run(snapshotter, backend.cleanup)
+        await self._run_slow(backend.cleanup)
 
     async def sweep(self) -> tuple[int, int]:
         """Make files and records agree, before anything is served: what a crash left.
@@ -261,6 +263,7 @@ class SnapshotStore:
         for task in self._draining.values():
             task.cancel()
         await asyncio.gather(*self._draining.values(), return_exceptions=True)
+        self._slow.shutdown(wait=True)
         for name, backend in self._snapshotters.items():
             await self._run(name, backend.close)
             self._threads[name].shutdown(wait=True)
@@ -332,7 +335,7 @@ class SnapshotStore:
             inherited = _inherited(info.labels)
             try:
                 with _called({record.backend: key, target: name, below: parent}):
-                    await self._run(snapshotter, lambda: backend.commit(target, record.backend, inherited, below))
+                    await self._run_slow(lambda: backend.commit(target, record.backend, inherited, below))
             except WherryError:
                 await self._metadata.write(lambda db: undo_commit(db, scope, name))
                 raise
@@ -423,8 +426,12 @@ class SnapshotStore:
         return f"{namespace}/{self._last_number}/{key}"
 
     async def _run(self, snapshotter: str, work: Callable[[], T]) -> T:
-        """Run blocking work of a snapshotter in its thread. A cancelled caller's work is done all the same."""
+        """Run short work of a snapshotter in its thread. A cancelled caller's work is done all the same."""
         return await asyncio.get_running_loop().run_in_executor(self._threads[snapshotter], work)
+
+    async def _run_slow(self, work: Callable[[], T]) -> T:
+        """Run what walks trees or waits for the disk, beside what containers' starts wait for."""
+        return await asyncio.get_running_loop().run_in_executor(self._slow, work)
 
 
 @contextlib.contextmanager

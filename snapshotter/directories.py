@@ -133,8 +133,10 @@ class DirectorySnapshotter:
         return self._metadata.walk(filters, self._shown)
 
     def cleanup(self) -> None:
+        # the folder is listed first: a directory that is being made is within a transaction, which `ids` waits for
+        names = os.listdir(self._directory)
         known = self._metadata.ids()
-        for name in os.listdir(self._directory):
+        for name in names:
             if not (name.isdecimal() and int(name) in known):
                 self._discard(os.path.join(self._directory, name))
         self._metadata.checkpoint()

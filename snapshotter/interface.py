@@ -19,9 +19,9 @@ is always the name of a committed snapshot, or empty for none. A committed snaps
 A snapshotter doesn't mount: it returns mounts as values, for whoever needs the tree, wherever that is (another mount
 namespace, another machine's socket). What mounts them also unmounts them before `remove`.
 
-The methods block (on SQLite and the file system). An implementation may be called from any one thread at a time: the
-daemon gives each a thread of its own. Errors are those of `wherry.core.errors`. The contract is that of containerd's
-snapshots service.
+The methods block (on SQLite and the file system). They may be called from several threads at once: the daemon has one
+for what a container's start asks for, and others for what may take long (`commit`, `usage`, `cleanup`). Errors are
+those of `wherry.core.errors`. The contract is that of containerd's snapshots service.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ removes one removes it after: a crash leaves directories without a record, never
 
 Nothing here syncs on the way of a container's start: commits are written to the WAL without fsync (a power loss may
 take the last ones, a crash of the process takes none), and the WAL is checkpointed by `checkpoint()`, which others
-call when there is time. `write(durable=True)` syncs; it is for snapshots that are images' layers.
+call when there is time. `write(durable=True)` syncs; it is for snapshots that are images' layers. The sync comes after
+the commit, when others may write again: SQLite finds the end of what is whole in a WAL by checksums, so what one
+`fdatasync` of it covers is a prefix of the commits.
 
 The error texts follow containerd's, which clients compare with.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,10 +68,11 @@ class Record:
 
 
 class Metadata:
-    """Open, or make, the database at `path`. Any thread may call, one at a time; only `checkpoint` may run beside."""
+    """Open, or make, the database at `path`. Any thread may call; a lock is held for the time of a transaction."""
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._lock = threading.RLock()
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -76,6 +80,7 @@ class Metadata:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA foreign_keys=ON")
             self._migrate()
+            self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise DataLoss(f"snapshots' metadata at {path} can't be read: {error}") from error
@@ -94,13 +99,14 @@ class Metadata:
     def close(self) -> None:
         """Close the database; the WAL is checkpointed with it."""
         self._db.close()
+        if self._wal >= 0:
+            os.close(self._wal)
+            self._wal = -1
 
     @contextmanager
     def write(self, *, durable: bool = False) -> Iterator[None]:
         """A transaction that may write: committed at the end, rolled back on any exception."""
-        if durable:
-            self._db.execute("PRAGMA synchronous=FULL")
-        try:
+        with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -109,9 +115,9 @@ class Metadata:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-        finally:
-            if durable:
-                self._db.execute("PRAGMA synchronous=NORMAL")
+        if durable:
+            # without the lock: a busy disk takes its time, and a container's start must not wait for it
+            os.fdatasync(self._wal)
 
     def checkpoint(self) -> None:
         """Move what the WAL holds into the database; from any thread, and without blocking writers."""
@@ -131,7 +137,8 @@ class Metadata:
 
     def find(self, key: str) -> Record | None:
         """The record under a key or a name, or None."""
-        row = self._db.execute(f"{_SELECT} WHERE s.name = ?", (key,)).fetchone()
+        with self._lock:
+            row = self._db.execute(f"{_SELECT} WHERE s.name = ?", (key,)).fetchone()
         return None if row is None else _record(row)
 
     def get(self, key: str) -> Record:
@@ -145,16 +152,20 @@ class Metadata:
         """The ids from a committed snapshot down to its bottom layer; none for None."""
         if snapshot_id is None:
             return []
-        return [row[0] for row in self._db.execute(_CHAIN, (snapshot_id,))]
+        with self._lock:
+            return [row[0] for row in self._db.execute(_CHAIN, (snapshot_id,))]
 
     def ids(self) -> set[int]:
         """The ids of all snapshots: these directories are not garbage."""
-        return {row[0] for row in self._db.execute("SELECT id FROM snapshots")}
+        with self._lock:
+            return {row[0] for row in self._db.execute("SELECT id FROM snapshots")}
 
     def walk(self, filters: Sequence[str], changed: Callable[[Record], Info]) -> Iterator[Info]:
         """The snapshots that match, ordered by name; `changed` may add labels that aren't stored."""
         matches = compile_filters(filters)
-        for row in self._db.execute(f"{_SELECT} ORDER BY s.name").fetchall():
+        with self._lock:
+            rows = self._db.execute(f"{_SELECT} ORDER BY s.name").fetchall()
+        for row in rows:
             record = _record(row)
             if matches(_adaptor(record.info)):
                 yield changed(record)
