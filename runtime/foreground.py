@@ -41,6 +41,8 @@ def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_soc
                 from wherry.runtime import commands
 
                 commands.send_pidfd(pidfd_socket, pid)
+            if not detach:
+                _forward_signals(pid, relay)  # before the program can make anybody believe that it is ready for them
             container.start(request.root, request.id)
             code = 0 if detach else _wait(pid, relay)
         except BaseException:
@@ -77,7 +79,10 @@ def exec_process(request: container.ExecRequest, *, detach: bool, pidfd_socket: 
             from wherry.runtime import commands
 
             commands.send_pidfd(pidfd_socket, pid)
-        return 0 if detach else _wait(pid, relay)
+        if detach:
+            return 0
+        _forward_signals(pid, relay)
+        return _wait(pid, relay)
     finally:
         if relay:
             relay.close()
@@ -90,7 +95,7 @@ def _check_console(terminal: bool, path: str, *, detach: bool) -> None:
         raise ContainerError("cannot use console socket if runc will not detach or allocate tty", INVALID)
 
 
-def _wait(pid: int, relay: _Relay | None) -> int:
+def _forward_signals(pid: int, relay: _Relay | None) -> None:
     import signal
 
     unforwarded = (signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG, signal.SIGKILL, signal.SIGSTOP)
@@ -107,6 +112,9 @@ def _wait(pid: int, relay: _Relay | None) -> int:
     for number in signal.valid_signals().difference(unforwarded):
         if number < 32:
             signal.signal(number, forward)
+
+
+def _wait(pid: int, relay: _Relay | None) -> int:
     if relay:
         relay.pump(pid)
     while True:
@@ -154,7 +162,7 @@ class _Relay:
         if os.isatty(0):
             before = termios.tcgetattr(0)
             self._restore = lambda: termios.tcsetattr(0, termios.TCSADRAIN, before)
-            tty.setraw(0)
+            tty.setraw(0, termios.TCSADRAIN)  # what was typed before this moment is not lost
 
     def resize(self) -> None:
         import fcntl

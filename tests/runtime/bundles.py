@@ -96,6 +96,12 @@ def wherry(root: Path) -> Runtime:
     return Runtime("wherry-runtime", [sys.executable, "-m", "wherry.runtime.command"], root)
 
 
+def mounts_below(path: str | os.PathLike[str]) -> list[str]:
+    """The host's mounts whose line names this path: others come and go as other tests run."""
+    with open("/proc/self/mountinfo") as file:
+        return [line for line in file if os.fspath(path) in line]
+
+
 def cgroups_of(name: str) -> list[str]:
     """Directories of the host's hierarchies whose last part is the container's id."""
     found = []

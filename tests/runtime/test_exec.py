@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,14 +11,14 @@ from tests.runtime.bundles import Bundle, Runtime, Spec
 
 
 @pytest.fixture
-def running(runtime: Runtime, bundle: Bundle) -> Iterator[tuple[Runtime, str]]:
+def running(runtime: Runtime, bundle: Bundle) -> tuple[Runtime, str]:
     name = runtime.new_id()
 
     def writable_tmp(spec: Spec) -> None:
         spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
 
     runtime.detached("run", "--detach", "--bundle", str(bundle.write(writable_tmp, args=["sleep", "100"])), name)
-    yield runtime, name
+    return runtime, name
 
 
 def test_exec_is_in_every_namespace_of_init(running: tuple[Runtime, str]) -> None:

@@ -147,7 +147,9 @@ def test_joining_namespaces_by_path(runtime: Runtime, bundle: Bundle) -> None:
             if item["type"] in paths:
                 item["path"] = f"/proc/{pid}/ns/{paths[item['type']]}"
 
-    folder = bundle.write(change, args=["sh", "-c", "for n in pid net ipc uts; do readlink /proc/self/ns/$n; done; pidof sleep"])
+    folder = bundle.write(
+        change, args=["sh", "-c", "for n in pid net ipc uts; do readlink /proc/self/ns/$n; done; pidof sleep"]
+    )
     output = runtime.ok("run", "--bundle", str(folder), runtime.new_id()).split()
     assert output == [*(os.readlink(f"/proc/{pid}/ns/{n}") for n in ("pid", "net", "ipc", "uts")), "1"]
 
@@ -199,7 +201,7 @@ def test_preserved_descriptors(runtime: Runtime, bundle: Bundle) -> None:
     try:
         folder = bundle.write(args=["sh", "-c", "echo through >&3; ls /proc/$$/fd; true"])
         words = [*runtime.words, "run", "--preserve-fds", "1", "--bundle", str(folder), runtime.new_id()]
-        shell = ["sh", "-c", f'exec "$@" 3>&{writer}', "sh", *words]
+        shell = ["bash", "-c", f'exec "$@" 3>&{writer}', "sh", *words]
         output = subprocess.run(shell, pass_fds=(writer,), capture_output=True, text=True, timeout=30, check=True)
         assert output.stdout.split() == ["0", "1", "2", "3"]
         assert os.read(reader, 100) == b"through\n"
