@@ -16,7 +16,7 @@ from typing import Any
 from wherry.core import mediatypes
 from wherry.core.errors import Code, Internal, InvalidArgument, NotFound, Unavailable, Unimplemented, from_code
 from wherry.linux.mounts import Mount
-from wherry.snapshotter.implied import record_implied
+from wherry.snapshotter.below import record_implied
 
 IDLE_SECONDS = 5.0
 """A worker without work is ended after that: it costs 10 MB and comes back in a tenth of a second."""

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from wherry.core.errors import InvalidArgument
 from wherry.snapshotter import tar
-from wherry.snapshotter.implied import ROOT, adopt, is_below
+from wherry.snapshotter.below import ROOT, adopt, copy_up, is_below
 from wherry.snapshotter.roots import Root
 from wherry.snapshotter.tar import Member, TarReader
 
@@ -193,15 +193,18 @@ class LayerApplier:
         if not target_base or target == name:
             raise InvalidArgument(f"the hard link {_text(name)} points to {_text(member.link)}: invalid argument")
         try:
-            target_fd = self._directory(parent, create=False)
-            os.link(target_base, base, src_dir_fd=target_fd, dst_dir_fd=fd, follow_symlinks=False)
+            self._hard_link(parent, target_base, fd, base)
         except FileExistsError:
             self._clear(name)
-            os.link(target_base, base, src_dir_fd=target_fd, dst_dir_fd=fd, follow_symlinks=False)
+            self._hard_link(parent, target_base, fd, base)
         except (FileNotFoundError, NotADirectoryError):
-            raise InvalidArgument(
-                f"the hard link {_text(name)} points to {_text(member.link)}, which isn't there: invalid argument"
-            ) from None
+            if not is_below(self._root.layers, target):
+                raise InvalidArgument(
+                    f"the hard link {_text(name)} points to {_text(member.link)}, which isn't there: invalid argument"
+                ) from None
+            self._directory(parent)
+            copy_up(self._root.layers, target)
+            self._hard_link(parent, target_base, fd, base)
         # one inode: its owner and mode were set by the member that it was made for, and setting the owner again
         # would take its capabilities away
         status = os.stat(base, dir_fd=fd, follow_symlinks=False)
@@ -210,6 +213,10 @@ class LayerApplier:
         if not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o7777 != member.mode & 0o7777:
             os.chmod(base, member.mode & 0o7777, dir_fd=fd)
         os.utime(base, ns=_times(member), dir_fd=fd, follow_symlinks=False)
+
+    def _hard_link(self, parent: bytes, target: bytes, fd: int, base: bytes) -> None:
+        target_fd = self._directory(parent, create=False)
+        os.link(target, base, src_dir_fd=target_fd, dst_dir_fd=fd, follow_symlinks=False)
 
     def _node(self, member: Member, name: bytes, fd: int, base: bytes) -> None:
         kinds = {tar.CHARACTER: stat.S_IFCHR, tar.BLOCK_DEVICE: stat.S_IFBLK, tar.FIFO: stat.S_IFIFO}

@@ -133,6 +133,8 @@ class DirectorySnapshotter:
         return self._metadata.walk(filters, self._shown)
 
     def cleanup(self) -> None:
+        if self._janitor is not None:
+            self._janitor.wait()
         # the folder is listed first: a directory that is being made is within a transaction, which `ids` waits for
         names = os.listdir(self._directory)
         known = self._metadata.ids()
@@ -179,7 +181,7 @@ class _Janitor:
 
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
-        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def delete(self, directory: str) -> None:
@@ -190,11 +192,21 @@ class _Janitor:
 
     def _run(self) -> None:
         while (directory := self._queue.get()) is not None:
+            if isinstance(directory, threading.Event):
+                directory.set()
+                continue
             try:
                 delete_tree(directory)
                 self._metadata.checkpoint()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next directory must still be deleted
                 log.warning("directory %s couldn't be deleted: %s", directory, error)
+
+    def wait(self) -> None:
+        """Until all that is queued now is deleted."""
+        if self._thread is not None:
+            reached = threading.Event()
+            self._queue.put(reached)
+            reached.wait()
 
     def close(self) -> None:
         """What is queued is deleted first: a daemon that stops leaves no work for the next one's start."""

@@ -21,16 +21,19 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from wherry.core.errors import AlreadyExists, DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from wherry.core.filters import compile_filters
+from wherry.linux.files import reserve
 from wherry.snapshotter.interface import Info, Kind, Usage
 
 SCHEMA_VERSION = 1
 CHECKPOINT_BYTES = 4 << 20
 """A WAL of this size is worth the two fsyncs of a checkpoint: about 1,000 commits."""
+WAL_RESERVE = 1 << 20
+"""Bytes of WAL that the disk keeps room for: on a full disk snapshots must still be removed, which writes records."""
 
 _SCHEMA = """
 CREATE TABLE snapshots (
@@ -81,6 +84,8 @@ class Metadata:
             self._db.execute("PRAGMA foreign_keys=ON")
             self._migrate()
             self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with suppress(OSError):  # a file system that can't is no reason not to run
+                reserve(self._wal, WAL_RESERVE)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise DataLoss(f"snapshots' metadata at {path} can't be read: {error}") from error

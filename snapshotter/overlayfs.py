@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument
 from wherry.linux.mounts import Mount, unmount_all
+from wherry.snapshotter.below import adopt_implied
 from wherry.snapshotter.directories import DirectorySnapshotter
-from wherry.snapshotter.implied import adopt_implied
 from wherry.snapshotter.interface import Info, Kind
 from wherry.snapshotter.metadata import Record
 

@@ -40,6 +40,9 @@ async def put(
     return applied
 
 
+XATTR = "SCHILY.xattr.user.kept"
+
+
 def digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
@@ -309,6 +312,23 @@ async def test_layers_may_be_applied_side_by_side_and_set_on_each_other_later(
         assert (oct(status.st_mode & 0o7777), status.st_uid, status.st_gid) == ("0o750", 1, 2)
 
 
+async def test_a_hard_link_may_lead_to_a_file_of_a_layer_below(
+    applier: Applier, either: OverlaySnapshotter | NativeSnapshotter, tmp_path: Path
+) -> None:
+    base = Archive().dir("d", mode=0o750).file("d/one", b"data", mode=0o4755, owner=(1, 2), pax={XATTR: "1"})
+    await put(applier, either, "base", "", base.add("symlink", "s", to="d/one").plain)
+    top = Archive().add("link", "h", to="d/one", mode=0o4755, owner=(1, 2)).add("link", "s2", to="/s")
+    await put(applier, either, "top", "base", top.plain)
+    with mounted(either.view("v", "top"), tmp_path / "v") as tree:
+        found = look(tree)
+        assert (tree / "h").read_bytes() == b"data"
+        assert oct((tree / "d").stat().st_mode) == oct(0o40750)
+    assert found["h"][:5] == found["d/one"][:5]
+    assert found["h"][6] == (("user.kept", b"1"),)
+    assert found["h"][5] == found["d/one"][5] != ""
+    assert found["s2"][4] == "d/one"
+
+
 async def test_mounts_that_are_no_layers_of_ours_are_mounted(applier: Applier, tmp_path: Path) -> None:
     """An overlay whose options we don't know is mounted and written through: the kernel makes the whiteouts."""
     for name in ("lower", "upper", "work"):
@@ -387,7 +407,7 @@ async def test_overlays_own_attributes_are_not_taken_from_an_archive(
     applier: Applier, overlay: OverlaySnapshotter, tmp_path: Path
 ) -> None:
     await put(applier, overlay, "base", "", BASE)
-    pax = {"SCHILY.xattr.trusted.overlay.opaque": "y", "SCHILY.xattr.user.kept": "1"}
+    pax = {"SCHILY.xattr.trusted.overlay.opaque": "y", XATTR: "1"}
     await put(applier, overlay, "top", "base", Archive().dir("d", pax=pax).plain)
     with mounted(overlay.view("v", "top"), tmp_path / "v") as tree:
         assert sorted(os.listdir(tree / "d")) == ["one", "sub", "two"]

@@ -1,6 +1,7 @@
 """What of a layer can only be finished with its parents at hand.
 
-Directories that the layer needs but doesn't name must look like those of the layers below.
+Directories that the layer needs but doesn't name must look like those of the layers below, and a hard link may lead
+to a file of theirs.
 
 A layer may hold `etc/app/x` without an entry for `etc/app`. Where the layer's files are written into an overlay's upper
 directory, `etc/app` has to be made there, and what is made there hides the owner, mode, times and attributes of the
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from wherry.linux import syscalls as sc
 
 ROOT = b"."
+_STEP = 1 << 30
 OPAQUE = "trusted.overlay.opaque"
 _OWN = ("trusted.overlay.", "user.overlay.")
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
@@ -39,6 +41,51 @@ def is_below(layers: Sequence[int], path: bytes) -> bool:
             continue
         return True
     return False
+
+
+def copy_up(layers: Sequence[int], path: bytes) -> bool:
+    """Copy a file or a link of the layers below to the same place below the working directory, as overlay does before
+    a link is made to it. False where there is none, or where it is a directory. OSError."""
+    text = os.fsdecode(path)
+    for layer in layers:
+        try:
+            source = sc.openat2(layer, text, os.O_PATH | os.O_NOFOLLOW, resolve=sc.RESOLVE_IN_ROOT)
+        except OSError as error:
+            if error.errno not in _MISSING:
+                raise
+            continue
+        try:
+            status = os.fstat(source)
+            if stat.S_ISREG(status.st_mode):
+                _copy_file(layer, text, status)
+            elif stat.S_ISLNK(status.st_mode):
+                os.symlink(os.readlink("", dir_fd=source), text)
+            else:
+                return False  # a directory, or a whiteout
+            os.chown(text, status.st_uid, status.st_gid, follow_symlinks=False)
+            os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+        finally:
+            os.close(source)
+        return True
+    return False
+
+
+def _copy_file(layer: int, path: str, status: os.stat_result) -> None:
+    source = sc.openat2(layer, path, os.O_RDONLY | os.O_NOFOLLOW, resolve=sc.RESOLVE_IN_ROOT)
+    try:
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            while os.copy_file_range(source, target, _STEP):
+                pass
+            os.fchown(target, status.st_uid, status.st_gid)
+            os.fchmod(target, stat.S_IMODE(status.st_mode))
+            for name in os.listxattr(source):
+                if not name.startswith(_OWN):
+                    os.setxattr(target, name, os.getxattr(source, name))
+        finally:
+            os.close(target)
+    finally:
+        os.close(source)
 
 
 def hide_below(root: int, layers: Sequence[int], opaque: str) -> None:
