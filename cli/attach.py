@@ -123,7 +123,8 @@ class Attachment:
                 exit_ = self._waiter.check()
                 if exit_ is not None:
                     heard = time.monotonic()
-                    self._end_input()
+                    # nobody is there any more to be told of the end of the input
+                    self._stop_input()
             if exit_ is not None and (not self._outputs or time.monotonic() - heard > SILENCE):
                 return exit_
             if self._step(exit_ is not None):
@@ -142,7 +143,7 @@ class Attachment:
                 os.fstat(0)
             except OSError:
                 # started without an input
-                self._close_input()
+                self._end_input()
             else:
                 self._poll.register(0, select.POLLIN)
 
@@ -231,19 +232,19 @@ class Attachment:
             if not self._ended:
                 self._poll.register(0, select.POLLIN)
 
-    def _end_input(self) -> None:
+    def _stop_input(self) -> None:
         fifos = self._fifos
         if fifos is None or fifos.stdin < 0:
             return
         for descriptor in (0, fifos.stdin):
             with contextlib.suppress(KeyError):
                 self._poll.unregister(descriptor)
-        self._close_input()
+        fifos.close_stdin()
 
-    def _close_input(self) -> None:
-        if self._fifos is None:
+    def _end_input(self) -> None:
+        if self._fifos is None or self._fifos.stdin < 0:
             return
-        self._fifos.close_stdin()
+        self._stop_input()
         # the process may have ended meanwhile, and the daemon may be away: nothing reads any more in either case
         with contextlib.suppress(WherryError):
             drive(self._client.tasks.close_stdin(*self._process))

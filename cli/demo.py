@@ -100,7 +100,6 @@ class Demo:
         say("wherryd is killed (SIGKILL) while the container runs")
         self.daemon.kill()
         refused = self.wherry("tasks", "ls")
-        tell(refused.stderr.split("\n")[0])
         check(refused.returncode != 0, "nobody answers any more")
         before = self.ticks()
         wait_for(lambda: self.ticks() >= before + 4, "the container goes on counting")
@@ -143,7 +142,7 @@ class Demo:
         except subprocess.TimeoutExpired:
             raise Failed(f"'wherry {' '.join(args)}' did not end within {PATIENCE:.0f} s") from None
         if not quiet:
-            for line in done.stdout.splitlines():
+            for line in [*done.stdout.splitlines(), *done.stderr.splitlines()]:
                 print(f"      {line}", flush=True)
         return done
 

@@ -8,7 +8,6 @@ import os
 from typing import TYPE_CHECKING
 
 from wherry.cli import launching
-from wherry.cli.attach import Attachment, Waiter, forwarding, terminal
 from wherry.cli.table import Command
 from wherry.client.fifos import Fifos
 from wherry.client.launch import create, remove
@@ -16,6 +15,7 @@ from wherry.client.tasks import Stdio
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
 
 if TYPE_CHECKING:
+    from wherry.cli.attach import Waiter
     from wherry.cli.session import Session
     from wherry.client.api import Client
     from wherry.client.launch import Launched
@@ -97,7 +97,11 @@ async def run_task(session: Session, launched: Launched, args: argparse.Namespac
     detached = False
     try:
         with coded():
-            pid = await client.tasks.create(container.id, launched.mounts, stdio)
+            creating = client.tasks.creating(container.id, launched.mounts, stdio)
+            # loaded while the daemon is at work
+            from wherry.cli.attach import Waiter  # noqa: PLC0415
+
+            pid = (await creating.result()).pid
         try:
             if args.pid_file:
                 _write_pid(args.pid_file, pid)
@@ -140,6 +144,8 @@ def follow(
     signals: bool = True,
 ) -> int:
     """Copies streams and passes signals on until a process has ended; its exit code."""
+    from wherry.cli.attach import Attachment, forwarding, terminal  # noqa: PLC0415 - see `run_task`
+
     with (
         forwarding(session, container, exec_id, active=signals),
         terminal(session, container, exec_id, active=tty and fifos is not None),

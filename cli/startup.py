@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 # google.protobuf imports its implementation in Python beside the one in C, which is the one that works; dataclasses
-# needs `inspect` only for classes without a docstring; `hashlib` brings OpenSSL, for who hashes
-DEFERRED = ("google.protobuf.internal.python_message", "inspect", "hashlib")
+# needs `inspect` only for classes without a docstring; its times need `calendar` only as text; `hashlib` brings
+# OpenSSL, for who hashes
+DEFERRED = ("google.protobuf.internal.python_message", "calendar", "inspect", "hashlib")
 
 
 class _Deferred(ModuleType):

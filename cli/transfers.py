@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import user_secret
 from wherry.cli.output import size
-from wherry.cli.terminal import is_terminal
+from wherry.cli.terminal import is_terminal, window
 from wherry.client.transfer import Progress, Registry
 from wherry.core.reference import parse_familiar
 
@@ -86,4 +87,7 @@ class _Display:
     @staticmethod
     def _line(step: Progress) -> str:
         amount = f"{size(step.progress)}/{size(step.total)}" if step.total > 0 else ""
-        return f"{step.name[:80]:<80} {step.event:<14} {amount}".rstrip()
+        # twelve digits of a digest are enough for a person, and a line that wraps spoils the picture
+        name = re.sub(r"(sha\d+:[0-9a-f]{12})[0-9a-f]+", r"\1", step.name)
+        columns = (window() or (120, 0))[0]
+        return f"{name:<40} {step.event:<16} {amount}".rstrip()[: columns - 1]

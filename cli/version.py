@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import platform
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from wherry.cli.output import print_json
@@ -14,7 +15,25 @@ if TYPE_CHECKING:
 
 
 def client_version() -> str:
-    """The version of the installed package; `unknown` in a tree that was never installed."""
+    """The version of the installed package; `unknown` in a tree that was never installed.
+
+    It is read from the name of the package's metadata folder: `importlib.metadata` takes longer than the question to
+    the daemon.
+    """
+    for folder in sys.path:
+        try:
+            names = os.listdir(folder or ".")
+        except OSError:
+            continue
+        for name in names:
+            if name.startswith("wherry-") and name.endswith(".dist-info"):
+                return name.removeprefix("wherry-").removesuffix(".dist-info")
+            if name == "wherry.egg-info":
+                return _from_metadata()
+    return "unknown"
+
+
+def _from_metadata() -> str:
     from importlib import metadata  # noqa: PLC0415 - slow to load
 
     try:
@@ -25,7 +44,7 @@ def client_version() -> str:
 
 async def version(session: Session, args: argparse.Namespace) -> None:
     """Prints both versions."""
-    own = {"Version": client_version(), "Python": platform.python_version()}
+    own = {"Version": client_version(), "Python": ".".join(map(str, sys.version_info[:3]))}
     answer = await session.client.version()
     server = await session.client.introspection.server()
     theirs = {"Version": answer.version, "Revision": answer.revision, "UUID": server.uuid}

@@ -118,6 +118,22 @@ class Tasks:
         `options` go to the runtime in place of the container's. Raises AlreadyExists, NotFound, and what the runtime
         says against the spec.
         """
+        pending = self.creating(
+            container, mounts, stdio, options=options, checkpoint=checkpoint, runtime_path=runtime_path
+        )
+        return (await pending.result()).pid
+
+    def creating(
+        self,
+        container: str,
+        mounts: Iterable[Mount],
+        stdio: Stdio,
+        *,
+        options: Message | None = None,
+        checkpoint: Descriptor | None = None,
+        runtime_path: str = "",
+    ) -> Pending[pb.CreateTaskResponse]:
+        """`create`, sent now, for who has something else to do until the answer comes."""
         request = pb.CreateTaskRequest(
             container_id=container,
             rootfs=[mount.message() for mount in mounts],
@@ -131,8 +147,7 @@ class Tasks:
             request.options.CopyFrom(typeurl.pack(options))
         if checkpoint is not None:
             request.checkpoint.CopyFrom(descriptor_message(checkpoint))
-        answer = await self._calls.unary(f"{_SERVICE}/Create", request, pb.CreateTaskResponse)
-        return answer.pid
+        return self._calls.begin(f"{_SERVICE}/Create", request, pb.CreateTaskResponse)
 
     async def start(self, container: str, exec_id: str = "") -> int:
         """Starts what was created and returns its pid; raises the runtime's error."""
