@@ -85,6 +85,11 @@ def test_the_service_has_no_controllers_below_it(daemon: Machine, container: str
     assert daemon.check(f"cat /proc/{container}/cgroup") == "0::/default/keeper"
 
 
+def test_the_kernel_may_take_a_container_before_the_daemon(daemon: Machine, container: str) -> None:
+    assert daemon.check("cat /proc/$(systemctl show -p MainPID --value wherryd)/oom_score_adj") == "-999"
+    assert daemon.check(f"cat /proc/{container}/oom_score_adj") == "0"
+
+
 def test_after_sigkill_systemd_starts_it_again(daemon: Machine, container: str) -> None:
     old = shown(daemon, "MainPID")
     daemon.check(f"kill -9 {old}")
@@ -142,7 +147,7 @@ def test_the_socket_starts_it(daemon: Machine, container: str) -> None:
     )
     assert daemon.check(f'python -c "{script}"')
     # clients wait while it restarts, none is refused
-    daemon.check("systemctl kill -s KILL wherryd && wherry version", timeout=90)
+    daemon.check("systemctl kill --kill-whom=main -s KILL wherryd && wherry version", timeout=90)
     assert_goes_on(daemon, container)
     daemon.check("wherryd systemd install --remove", timeout=90)
     assert daemon.run("test -e /etc/systemd/system/wherryd.service").code == 1
