@@ -31,11 +31,14 @@ from typing import Any, TypeVar, cast
 
 from wherry.core.errors import Internal, ResourceExhausted, Unavailable, WherryError
 from wherry.daemon.metadata_schema import migrate
+from wherry.linux.files import reserve
 
 T = TypeVar("T")
 
 # bytes of WAL from which on it is checkpointed even while others write (SQLite's own default is 1000 pages of 4 KiB)
 WAL_LIMIT = 8 << 20
+# bytes of WAL that the disk keeps room for: on a full disk things must still be removed, which writes records
+WAL_RESERVE = 1 << 20
 # seconds after a write at which the WAL is checkpointed at the latest: how much a power loss may take of what nobody
 # asked to be durable
 CHECKPOINT_DELAY = 4.0
@@ -76,6 +79,7 @@ class Metadata:
         self._reader_connection = _connect(path, "OFF", read_only=True)
         self._checkpoint_connection = _connect(path, "FULL")
         self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._reserve()
         _sync_folder(path)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._reader = ThreadPoolExecutor(1, "metadata-reader")
@@ -318,6 +322,12 @@ class Metadata:
             # nothing is left to copy: what holds the write lock here is only the truncation. Where somebody wrote in
             # between, the file is copied again under the lock; that is rare and a few pages
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._reserve()
+
+    def _reserve(self) -> None:
+        # a file system that can't, or a disk that is full already, is no reason not to run
+        with contextlib.suppress(OSError):
+            reserve(self._wal, WAL_RESERVE)
 
 
 def _connect(path: str, synchronous: str, *, read_only: bool = False) -> sqlite3.Connection:

@@ -203,3 +203,52 @@ def test_what_was_answered_is_there_after_a_kill(wherryd: Wherryd) -> None:
     assert lines(wherryd, "", "containers", "ls", "-q") == ["c1"]
     assert "l1" in wherryd.ctr("leases", "ls").stdout
     assert wherryd.ctr("run", "--rm", BUSYBOX, "one", "echo", "again").stdout == "again\n"
+
+
+def test_a_kill_during_an_import_leaves_no_record_without_files(wherryd: Wherryd) -> None:
+    wherryd.import_busybox()  # writes the archive
+    archive = str(wherryd.folder / "busybox.tar")
+    for number, delay in enumerate((0.02, 0.05, 0.1, 0.2)):
+        namespace = f"n{number}"
+        command = ["ctr", "--address", wherryd.address, "--namespace", namespace, "images", "import", archive]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as client:
+            time.sleep(delay)
+            wherryd.kill()
+            client.kill()
+        wherryd.start()
+        assert wherryd.import_busybox(namespace) == BUSYBOX
+        assert wherryd.ctr("run", "--rm", BUSYBOX, "one", "echo", "hi", namespace=namespace).stdout == "hi\n"
+    assert "removed records without files" not in wherryd.log_text()
+
+
+@pytest.fixture
+def cramped() -> Iterator[Wherryd]:
+    """A daemon whose root is a file system of 8 MiB."""
+    need("ctr")
+    daemon = Wherryd()
+    daemon.root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(daemon.root)], check=True)
+    try:
+        daemon.start()
+        yield daemon
+    finally:
+        daemon.close()
+
+
+def test_a_full_disk_is_said_and_the_daemon_serves_on(cramped: Wherryd) -> None:
+    big = cramped.folder / "big"
+    big.write_bytes(os.urandom(8 << 20))
+    command = ["ctr", "--address", cramped.address, "content", "ingest", "big"]
+    with big.open("rb") as file:
+        done = subprocess.run(command, stdin=file, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "no space left on device" in done.stderr
+    assert list((cramped.root / "content" / "ingest").iterdir()) == []
+    # an image whose blobs have room and whose layer has not
+    cramped.ctr("content", "ingest", "filler", stdin=os.urandom(1 << 20).hex())
+    with pytest.raises(AssertionError, match=r"[Nn]o space left on device"):
+        cramped.import_busybox("full")
+    assert "Committed" not in cramped.ctr("snapshots", "ls", namespace="full").stdout
+    assert "Active" not in cramped.ctr("snapshots", "ls", namespace="full").stdout
+    assert cramped.ctr("version").returncode == 0
+    assert cramped.ctr("content", "ingest", "small", stdin="fits").returncode == 0
