@@ -54,7 +54,7 @@ NUMBERS: dict[str, int] = {name: number for number, name in enumerate(NAMES)}
 
 def last_known() -> int:
     """The highest capability of this kernel."""
-    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+    with open("/proc/sys/kernel/cap_last_cap", encoding="utf-8") as file:
         return int(file.read())
 
 

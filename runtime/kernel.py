@@ -99,7 +99,7 @@ def write_time_offsets(linux: dict[str, Any], new: list[str]) -> None:
     if "time" not in new or not offsets:
         return
     lines = [f"{clock} {item.get('secs') or 0} {item.get('nanosecs') or 0}\n" for clock, item in offsets.items()]
-    with open("/proc/self/timens_offsets", "w", encoding="ascii") as file:
+    with open("/proc/self/timens_offsets", "w", encoding="utf-8") as file:
         file.write("".join(lines))
 
 
@@ -141,7 +141,7 @@ def set_scheduling(process: dict[str, Any]) -> None:
 
 def _apparmor_enabled() -> bool:
     try:
-        with open("/sys/module/apparmor/parameters/enabled", encoding="ascii") as file:
+        with open("/sys/module/apparmor/parameters/enabled", encoding="utf-8") as file:
             return file.read(1) == "Y"
     except OSError:
         return False

@@ -59,7 +59,7 @@ def load(bundle: str) -> Spec:
         raise ContainerError("JSON specification file config.json not found", INVALID) from None
     try:
         spec = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContainerError(f"{path}: not JSON: {error}", INVALID) from None
     validate(spec)
     return spec  # type: ignore[no-any-return]

@@ -174,7 +174,7 @@ def _frozen(paths: dict[str, str]) -> bool:
     ):
         if folder:
             try:
-                with open(os.path.join(folder, file), encoding="ascii") as handle:
+                with open(os.path.join(folder, file), encoding="utf-8") as handle:
                     return handle.read().strip() in frozen
             except OSError:
                 return False
