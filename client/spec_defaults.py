@@ -5,6 +5,7 @@ The lists are the field's (containerd's `oci` package, Docker's defaults); progr
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 # nothing newer is used; older runtimes refuse a version that they do not know
@@ -79,6 +80,14 @@ def capabilities(names: list[str]) -> dict[str, list[str]]:
     return {"bounding": list(names), "effective": list(names), "permitted": list(names)}
 
 
+def namespaces() -> list[dict[str, str]]:
+    """Those of every container; on pure cgroup v2 a cgroup namespace too, as Docker, podman and nerdctl have it."""
+    kinds = ["pid", "ipc", "uts", "mount", "network"]
+    if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+        kinds.append("cgroup")
+    return [{"type": kind} for kind in kinds]
+
+
 def default_spec(namespace: str, container: str) -> dict[str, Any]:
     """The specification of a container that runs nothing yet: `process.args` is for the caller."""
     return {
@@ -91,6 +100,8 @@ def default_spec(namespace: str, container: str) -> dict[str, Any]:
             "capabilities": capabilities(list(CAPABILITIES)),
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
             "noNewPrivileges": True,
+            # else it inherits the daemon's -999 and outlives everything else when memory runs out; only root may lower
+            **({"oomScoreAdj": 0} if os.geteuid() == 0 else {}),
         },
         "root": {"path": "rootfs"},
         "mounts": [
@@ -100,7 +111,7 @@ def default_spec(namespace: str, container: str) -> dict[str, Any]:
         "linux": {
             "resources": {"devices": device_rules(), "cpu": {"shares": 1024}},
             "cgroupsPath": f"/{namespace}/{container}",
-            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")],
+            "namespaces": namespaces(),
             "maskedPaths": list(MASKED),
             "readonlyPaths": list(READ_ONLY),
         },

@@ -42,6 +42,8 @@ def machine() -> Iterator[Machine]:
 @pytest.fixture(scope="session")
 def daemon(machine: Machine) -> Machine:
     """The VM with wherryd installed as a unit, started by systemd, and the image busybox:test imported."""
-    machine.check("wherryd systemd install --now -- --log-level debug", timeout=90)
+    installed = machine.run("wherryd systemd install --now -- --log-level debug", timeout=90)
+    if installed.code:
+        pytest.fail(f"{installed.out}\n{machine.run('journalctl -u wherryd -n 40 --no-pager').out}")
     machine.check("wherry images import /root/busybox.tar", timeout=90)
     return machine

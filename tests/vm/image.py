@@ -28,8 +28,8 @@ PACKAGES = (
 _LEFT_OUT = ("perl", "libperl", "usrmerge", "debconf", "initramfs-tools", "klibc", "libklibc", "adduser", "gcc-12-base")
 _TEST_REQUIREMENTS = ("pytest>=8.2", "pytest-asyncio>=1.0", "pytest-timeout>=2.3")
 #: Python of Debian bookworm, whatever runs this file.
-_PYTHON = "3.11"
-SITE = f"opt/wherry/lib/python{_PYTHON}/site-packages"
+PYTHON = "3.11"
+SITE = f"opt/wherry/lib/python{PYTHON}/site-packages"
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console")
 _MODULE_FOLDERS = ("arch", "block", "crypto", "lib", "fs/overlayfs", "fs/fuse", "drivers/virtio", "drivers/block")
 _MODULE_FILES = ("drivers/char/virtio_console.ko", "drivers/net/veth.ko", "drivers/char/hw_random")
@@ -167,7 +167,7 @@ def _users(root: Path) -> None:
     (root / "etc/machine-id").write_text("5f0d3c9e8a6b4f1e9d2c7b8a90e1f234\n")
     (root / "etc/hostname").write_text("wherry-vm\n")
     (root / "etc/fstab").touch()
-    (root / "usr/bin/python3").exists() or (root / "usr/bin/python3").symlink_to(f"python{_PYTHON}")
+    (root / "usr/bin/python3").exists() or (root / "usr/bin/python3").symlink_to(f"python{PYTHON}")
     (root / "usr/bin/sh").exists() or (root / "usr/bin/sh").symlink_to("bash")
     for command in (["systemd-sysusers"], ["ldconfig"]):
         _run("chroot", root, *command)
@@ -214,7 +214,7 @@ def _python(root: Path) -> None:
     platforms = (f"--platform=manylinux{tag}_x86_64" for tag in ("_2_28", "_2_17", "2014"))
     _run(
         *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"),
-        *(f"--python-version={_PYTHON}", *platforms, f"--target={root / SITE}", *_requirements()),
+        *(f"--python-version={PYTHON}", *platforms, f"--target={root / SITE}", *_requirements()),
     )
     venv = root / "opt/wherry"
     (venv / "bin").mkdir()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
+import py_compile
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -17,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.vm.image import REPOSITORY, SITE, Image
+from tests.vm.image import PYTHON, REPOSITORY, SITE, Image
 
 _BOOT_SECONDS = 60  # 5 to 10 on an idle machine; CI's may be busy
 _MEMORY = "1024M"
@@ -98,10 +101,13 @@ class Machine:
     def run(self, script: str, timeout: float = 60) -> Done:
         """Run a bash script as root in the VM. The code is negative if a signal or the timeout (seconds) ended it."""
         self._next += 1
+        began = time.monotonic()
         request = {"id": self._next, "script": script, "timeout": timeout}
         self._port.sendall(json.dumps(request).encode() + b"\n")
         while (answer := self._receive(timeout + 30)).get("id") != self._next:
             continue
+        if os.environ.get("WHERRY_VM_TRACE"):
+            print(f"{time.monotonic() - began:6.2f} s  {script.removeprefix('set -e').strip()[:100]!r}")
         return Done(answer["code"], answer["out"])
 
     def check(self, script: str, timeout: float = 60) -> str:
@@ -145,8 +151,8 @@ def _write_tree(target: Path) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as tar:
         for package, folder in project["tool"]["setuptools"]["package-dir"].items():
-            if "." in package and (REPOSITORY / folder).is_dir() and package.count(".") == 1:
-                tar.add(REPOSITORY / folder, f"{SITE}/{package.replace('.', '/')}", filter=_clean)
+            if (REPOSITORY / folder).is_dir() and package.count(".") == 1:
+                _add_package(tar, REPOSITORY / folder, f"{SITE}/{package.replace('.', '/')}")
         tar.add(REPOSITORY / "tests", "opt/src/tests", filter=_clean)
         tar.add(REPOSITORY / "pyproject.toml", "opt/src/pyproject.toml", filter=_clean)
         with tempfile.TemporaryDirectory() as scripts:
@@ -164,9 +170,24 @@ def _write_tree(target: Path) -> None:
         disk.write(b"\0" * (-disk.tell() % 512))
 
 
+def _add_package(tar: tarfile.TarFile, folder: Path, name: str) -> None:
+    """A package, compiled where this Python's byte code is the VM's too: compiling takes long there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "package"
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__", "*.proto"))
+        if f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON:
+            mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+            compileall.compile_dir(copy, quiet=2, stripdir=str(copy), prependdir=f"/{name}", invalidation_mode=mode)
+        tar.add(copy, name, filter=_owned)
+
+
 def _clean(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     if member.name.endswith(("__pycache__", ".pyc", ".proto")):
         return None
+    return _owned(member)
+
+
+def _owned(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = "root"
     return member
