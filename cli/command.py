@@ -42,6 +42,7 @@ DAEMON = (
     Group(("leases",), "leases", "what the garbage collector spares"),
     Group(("events", "event"), "events", "show what happens as it happens", single=True),
     Group(("plugins", "plugin"), "plugins", "the parts of the daemon"),
+    Group(("oci",), "oci", "tools for OCI specifications"),
     Group(("version",), "version", "versions of client and daemon", single=True),
 )
 GROUPS = (*RUNNING, *IMAGES, *DAEMON)
@@ -162,9 +163,9 @@ def _globals(argv: list[str]) -> tuple[Session | None, list[str]]:
             sys.stdout.write(_help())
             return None, []
         if option in {"-v", "--version"}:
-            from wherry.cli.version import client_version  # noqa: PLC0415
+            from wherry.cli.version import VERSION  # noqa: PLC0415
 
-            sys.stdout.write(f"wherry {client_version()}\n")
+            sys.stdout.write(f"wherry {VERSION}\n")
             return None, []
         if option in {"--debug", "--embedded"}:
             setattr(session, option[2:], True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import pairs
 from wherry.cli.table import Command
-from wherry.cli.transfers import full_name, registry, registry_options, show
+from wherry.cli.transfers import explained, full_name, registry, registry_options, show
 from wherry.core.platforms import host, parse
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ async def pull(session: Session, args: argparse.Namespace) -> None:
         all_metadata=args.all_metadata,
         unpack=() if args.no_unpack else [(platform, snapshotter) for platform in platforms or [host()]],
     )
-    await show(progress, quiet=args.quiet)
+    with explained():
+        await show(progress, quiet=args.quiet)
     print(name)
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from wherry.cli.table import Command
-from wherry.cli.transfers import full_name, registry, registry_options, show
+from wherry.cli.transfers import explained, full_name, registry, registry_options, show
 from wherry.core.platforms import parse
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ async def push(session: Session, args: argparse.Namespace) -> None:
     local = await client.images.find(args.local or args.reference)
     platforms = [parse(text) for text in args.platform]
     progress = client.transfer.push(registry(args, full_name(args.reference)), name=local.name, platforms=platforms)
-    await show(progress, quiet=args.quiet)
+    with explained():
+        await show(progress, quiet=args.quiet)
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

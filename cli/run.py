@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 from typing import TYPE_CHECKING
 
 from wherry.cli import launching
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from wherry.cli.session import Session
     from wherry.client.api import Client
     from wherry.client.launch import Launched
+    from wherry.client.transport import Pending
+    from wherry.proto.tasks_pb2 import CreateTaskResponse
 
 # the exit codes of docker's command line, that scripts know: an error of ours, a command that can't be run, none there
 OURS, NOT_RUNNABLE, NO_COMMAND = 125, 126, 127
@@ -76,6 +79,9 @@ def coded(error_code: int | None = None):  # type: ignore[no-untyped-def] # a co
 
 async def run(session: Session, args: argparse.Namespace) -> int:
     """Makes, starts and, unless it is detached, follows a container."""
+    # until signals go to the container they end this command, which cleans up behind itself
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     with coded(OURS):
         if args.rm and args.detach:
             raise InvalidArgument("flags --detach and --rm can't be used together")
@@ -101,7 +107,7 @@ async def run_task(session: Session, launched: Launched, args: argparse.Namespac
             # loaded while the daemon is at work
             from wherry.cli.attach import Waiter  # noqa: PLC0415
 
-            pid = (await creating.result()).pid
+            pid = await _created(client, container.id, creating)
         try:
             if args.pid_file:
                 _write_pid(args.pid_file, pid)
@@ -120,6 +126,19 @@ async def run_task(session: Session, launched: Launched, args: argparse.Namespac
     finally:
         if fifos is not None:
             fifos.release() if detached else fifos.close()
+
+
+async def _created(client: Client, container: str, creating: Pending[CreateTaskResponse]) -> int:
+    """The new task's pid; when somebody loses patience meanwhile, the task goes as soon as it is there."""
+    try:
+        return (await creating.result()).pid
+    except WherryError:
+        raise
+    except BaseException:
+        with contextlib.suppress(WherryError):
+            await creating.result()
+        await kill_task(client, container)
+        raise
 
 
 def streams(process: str, args: argparse.Namespace, *, tty: bool) -> tuple[Fifos | None, Stdio]:

@@ -6,12 +6,15 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import user_secret
 from wherry.cli.output import size
 from wherry.cli.terminal import is_terminal, window
 from wherry.client.transfer import Progress, Registry
+from wherry.core.errors import Unimplemented
 from wherry.core.reference import parse_familiar
 
 if TYPE_CHECKING:
@@ -43,6 +46,17 @@ def registry(args: argparse.Namespace, reference: str) -> Registry:
         scheme="http" if args.plain_http else "",
         hosts_dir=args.hosts_dir,
     )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """A daemon without the transfer service answers in terms of its services; a person wants to know what to do."""
+    try:
+        yield
+    except Unimplemented as error:
+        raise Unimplemented(
+            f"this daemon has no transfer service, as wherryd and containerd from 2.0 on have ({error.message})"
+        ) from error
 
 
 async def show(progress: AsyncIterator[Progress], *, quiet: bool) -> None:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from wherry.client.api import Client
-from wherry.core.errors import Unavailable
+from wherry.core.errors import PermissionDenied, Unavailable
 
 if TYPE_CHECKING:
     from wherry.client.transport import Transport
@@ -54,8 +54,6 @@ async def connect(
 
 def check_socket(address: str) -> None:
     """Raises Unavailable where there is no such file, PermissionDenied where it may not be reached."""
-    from wherry.core.errors import PermissionDenied  # noqa: PLC0415 - rare
-
     try:
         os.stat(address)
     except PermissionError:
@@ -80,7 +78,12 @@ def connect_blocking(address: str, connect_timeout: float | None = CONNECT_TIMEO
     except Unavailable:
         # nothing there: gRPC would try again for as long as it may, a person wants to know now
         check_socket(address)
-        sockets.connect(address, connect_timeout).close()
+        try:
+            sockets.connect(address, connect_timeout).close()
+        except Unavailable as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise PermissionDenied(f"no permission to reach {address}: it is for root or its group") from None
+            raise
         return _grpc(address, connect_timeout)
     transport.fall_back = lambda: _grpc(address, connect_timeout)
     return transport

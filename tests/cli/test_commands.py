@@ -8,6 +8,7 @@ import re
 import select
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.cli.conftest import Wherry
 from tests.wherryd import BUSYBOX
 from wherry.cli.command import GROUPS, main
 from wherry.cli.output import age, size
+from wherry.cli.version import VERSION
 
 
 def test_version_and_plugins(wherry: Wherry) -> None:
@@ -24,6 +26,29 @@ def test_version_and_plugins(wherry: Wherry) -> None:
     assert "io.containerd.snapshotter.v1" in wherry.run("plugins", "ls").stdout
     assert "overlayfs" in wherry.run("plugins", "ls", "-q").stdout.split()
     assert wherry.run("--version").stdout.startswith("wherry ")
+
+
+def test_the_version_is_the_projects() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == VERSION
+
+
+def test_the_default_specification(wherry: Wherry) -> None:
+    assert json.loads(wherry.run("oci", "spec").stdout)["root"] == {"path": "rootfs"}
+
+
+def test_a_socket_that_may_not_be_reached(wherry: Wherry) -> None:
+    # the first run loads what the second, as another user, may not read
+    script = f"""
+import os, sys
+from wherry.cli.command import main
+main(['-a', {wherry.address!r}, 'version'])
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+sys.exit(main(['-a', {wherry.address!r}, 'version']))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"wherry: no permission to reach {wherry.address}: it is for root or its group\n"
 
 
 def test_images(wherry: Wherry, tmp_path: Path) -> None:

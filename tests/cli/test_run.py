@@ -92,6 +92,16 @@ def test_signals_go_to_the_container(wherry: Wherry) -> None:
         assert process.wait(20) == 9
 
 
+def test_a_signal_at_any_moment_leaves_nothing(wherry: Wherry) -> None:
+    for delay in (0.04, 0.07, 0.09, 0.11, 0.13):
+        with wherry.start("run", "--rm", BUSYBOX, "early", "sleep", "0.3", stderr=subprocess.DEVNULL) as process:
+            time.sleep(delay)
+            process.send_signal(signal.SIGTERM)
+            process.wait(20)
+        assert wherry.ids() == []
+        assert wherry.ids(("tasks", "ls", "-q")) == []
+
+
 def test_options_reach_the_container(wherry: Wherry, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mounted\n")
     tmp_path.chmod(0o755)

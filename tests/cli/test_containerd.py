@@ -1,0 +1,63 @@
+"""The same command on containerd, whose ttrpc socket serves nothing of the API: it goes on by gRPC."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import busybox
+from tests.cli.conftest import Wherry
+from tests.containerd import Containerd
+from tests.wherryd import BUSYBOX
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wherry]:
+    """The command line on a containerd with an image."""
+    daemon = Containerd()
+    try:
+        daemon.start()
+        archive = tmp_path_factory.mktemp("image") / "busybox.tar"
+        busybox.write_archive(archive)
+        wherry = Wherry(daemon.address)
+        wherry.run("images", "import", str(archive))
+        yield wherry
+    finally:
+        daemon.close()
+
+
+def test_listings(other: Wherry) -> None:
+    assert other.run("images", "ls", "-q").stdout.split() == [BUSYBOX]
+    assert other.run("containers", "ls").stdout.startswith("CONTAINER")
+    assert "ok" in other.run("plugins", "ls").stdout
+    assert len(other.run("content", "ls", "-q").stdout.split()) == 3
+
+
+def test_run_exec_and_kill(other: Wherry, tmp_path: Path) -> None:
+    done = other.run("run", "--rm", BUSYBOX, "a", "sh", "-c", "cat; echo err >&2; exit 7", stdin="in", code=7)
+    assert (done.stdout, done.stderr) == ("in", "err\n")
+    assert "nope" in other.run("run", "--rm", BUSYBOX, "a", "nope", code=127).stderr
+    other.run("run", "-d", BUSYBOX, "b", "sleep", "60")
+    assert other.run("tasks", "exec", "b", "echo", "hi").stdout == "hi\n"
+    other.run("tasks", "rm", "-f", "b")
+    other.run("containers", "rm", "b")
+    assert other.ids() == []
+
+
+def test_signals(other: Wherry) -> None:
+    script = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"
+    with other.start("run", "--rm", BUSYBOX, "sig", "sh", "-c", script, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 9
+    assert other.ids() == []
+
+
+def test_what_it_does_not_serve_is_said(other: Wherry) -> None:
+    done = other.run("pull", "127.0.0.1:1/none:1", code=1)
+    assert "no transfer service" in done.stderr
