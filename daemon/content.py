@@ -224,7 +224,8 @@ class ContentStore:
         if key in self._open:
             since = self._open[key][0]
             raise Unavailable(f"ref {ref} locked for {time.monotonic() - since:.3f}s: unavailable")
-        self._open[key] = (time.monotonic(), None)
+        entry: tuple[float, ContentWriter | None] = (time.monotonic(), None)
+        self._open[key] = entry
         writer: ContentWriter | None = None
         try:
             row = await self._metadata.write(
@@ -247,12 +248,13 @@ class ContentStore:
                 writer.stand_for(expected, shared_size)
             else:
                 await writer.open(keep=not (total and known_total and total != known_total))
-            self._open[key] = (self._open[key][0], writer)
+            self._open[key] = (entry[0], writer)
             return writer
         except BaseException:
             if writer is not None:
                 await writer.close()
-            self._open.pop(key, None)
+            if self._open.get(key) is entry:
+                del self._open[key]
             raise
 
     async def record(self, writer: ContentWriter, info: pb.Info) -> pb.Info:
@@ -334,7 +336,7 @@ class ContentStore:
         """Give up a writer's ref."""
         key = (writer.namespace, writer.ref)
         entry = self._open.get(key)
-        if entry is not None and entry[1] in {writer, None}:
+        if entry is not None and entry[1] is writer:
             del self._open[key]
 
     async def forget(self, writer: ContentWriter) -> None:

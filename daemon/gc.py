@@ -4,7 +4,8 @@ A collection marks in the reader thread, on a snapshot of the database, so that 
 garbage, its records are deleted in one transaction, which first makes sure that nothing was written since the marking;
 if something was, it marks again, and the third time within the transaction. Files go after the records.
 
-When it runs follows containerd's scheduler (plugins/gc/scheduler.go).
+When it runs follows containerd's scheduler (plugins/gc/scheduler.go), and it runs when something expires. While
+nothing happens it sleeps.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ TRIES = 2
 MINIMUM_SECONDS = 0.02
 # more of its time than this it never takes
 MAXIMUM_PAUSE = 0.5
+# seconds after a write until one runs though nothing was deleted: what was written may expire
+RESCAN = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,9 @@ class Collector:
         self._publish = publish
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._last = 0.0  # time.monotonic() of the end of the last collection
+        self._next_expiry: float | None = None
         self._deletions = 0
         self._mutations = 0
         self._collections = 0
@@ -112,6 +118,7 @@ class Collector:
             stats = Stats(removed, time.monotonic() - begun)
             self._collections += 1
             self._seconds += stats.seconds
+            self._last = time.monotonic()
             if any(removed.values()):
                 log.debug("garbage collected", seconds=round(stats.seconds, 4), **removed)
             return stats
@@ -141,6 +148,7 @@ class Collector:
         """Stop running by itself; a collection that is under way is finished."""
         self._closing = True
         self._wake.set()
+        self._hurry.set()
         if self._task is not None:
             await self._task
         async with self._lock:
@@ -152,7 +160,13 @@ class Collector:
         """The generation that was marked, and the garbage in it."""
         generation = self._metadata.generation
         writing = self._content.open_ingests()
-        return generation, await self._metadata.read(lambda db: gc_graph.build(db, writing).garbage())
+
+        def work(connection: sqlite3.Connection) -> tuple[list[Node], float | None]:
+            graph = gc_graph.build(connection, writing)
+            return graph.garbage(), graph.next_expiry
+
+        garbage, self._next_expiry = await self._metadata.read(work)
+        return generation, garbage
 
     async def _sweep(self) -> dict[Node, str]:
         """Delete the records of all garbage; each with what its files are called."""
@@ -205,33 +219,39 @@ class Collector:
     # -- scheduling
 
     def _changed(self, removes: bool) -> None:
+        policy = self._policy
         self._mutations += 1
-        if removes:
-            self._deletions += 1
-            if 0 < self._policy.deletion_threshold <= self._deletions:
-                self._wake.set()
+        self._deletions += removes
+        if removes or 0 < policy.mutation_threshold <= self._mutations:
+            self._wake.set()
+        if 0 < policy.deletion_threshold <= self._deletions:
+            self._hurry.set()
 
     async def _schedule(self) -> None:
-        """Run until `close`: after the start, then whenever there may be garbage and enough time has passed."""
-        policy = self._policy
-        delay = policy.startup_delay
-        first = True
+        """Run until `close`: after the start, then when there may be garbage and enough time has passed."""
+        await _either(self._hurry, self._policy.startup_delay)
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), delay)
-                if not self._closing:
-                    await asyncio.sleep(policy.schedule_delay)
+            if not self._closing:
+                await asyncio.sleep(self._policy.schedule_delay)
             if self._closing:
                 return
             self._wake.clear()
-            mutated = 0 < policy.mutation_threshold <= self._mutations
-            if first or self._deletions or mutated:
-                first = False
-                try:
-                    await self.collect()
-                except Exception:
-                    log.exception("garbage collection failed")
-            delay = self._interval()
+            self._hurry.clear()
+            try:
+                await self.collect()
+            except Exception:
+                log.exception("garbage collection failed")
+            await _either(self._wake, self._until_expiry())
+            # enough time since the last, unless there is so much that it can't wait
+            await _either(self._hurry, self._last + self._interval() - time.monotonic())
+
+    def _until_expiry(self) -> float | None:
+        """Seconds until something expires, as far as it is known; None: nothing does."""
+        waits = [RESCAN] if self._mutations else []
+        if self._next_expiry is not None:
+            # a moment later: what is compared with the clock should be past
+            waits.append(max(self._next_expiry - time.time() + MINIMUM_SECONDS, MINIMUM_SECONDS))
+        return min(waits, default=None)
 
     def _interval(self) -> float:
         """Seconds until the next may run, so that they take their share of time and no more."""
@@ -240,6 +260,12 @@ class Collector:
             return 1.0
         average = max(self._seconds / max(self._collections, 1), MINIMUM_SECONDS)
         return average / share - average
+
+
+async def _either(event: asyncio.Event, seconds: float | None) -> None:
+    """Wait until the event is set or the seconds are over, whatever comes first."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
 
 
 _TABLES = {

@@ -63,6 +63,12 @@ class Graph:
     references: dict[Node, list[tuple[Node, str]]] = field(default_factory=dict)
     # references that a flat walk follows too: a snapshot's parent, an image's target
     structure: dict[Node, list[tuple[Node, str]]] = field(default_factory=dict)
+    # seconds since the epoch at which the next of these expires; None: nothing does
+    next_expiry: float | None = None
+
+    def expires(self, moment: float) -> None:
+        """Something that counts now counts until then."""
+        self.next_expiry = moment if self.next_expiry is None else min(self.next_expiry, moment)
 
     def link(self, origin: Node, target: Node, how: str, *, structural: bool = False) -> None:
         """`origin` references `target`."""
@@ -118,9 +124,12 @@ def _leases(connection: sqlite3.Connection, graph: Graph, moment: datetime) -> N
         labels = leases_pb2.Lease.FromString(record).labels  # type: ignore[arg-type]
         node = Node(LEASE, namespace, id_)
         graph.nodes.add(node)
-        if not expired(labels, moment):
+        expiry = expiry_of(labels)
+        if expiry is None or expiry >= moment:
             flat[namespace, id_] = GC_FLAT in labels
             graph.roots.append((node, "a lease that hasn't expired"))
+            if expiry is not None:
+                graph.expires(expiry.timestamp())
     kinds = {"content": CONTENT, "ingests": INGEST, "images": IMAGE}
     for namespace, lease, type_, id_ in _rows(connection, "SELECT namespace, lease, type, id FROM lease_resources"):
         if (namespace, lease) not in flat:
@@ -139,8 +148,11 @@ def _images(connection: sqlite3.Connection, graph: Graph, moment: datetime) -> N
         image = images_pb2.Image.FromString(record)  # type: ignore[arg-type]
         node = Node(IMAGE, namespace, name)
         graph.nodes.add(node)
-        if not expired(image.labels, moment):
+        expiry = expiry_of(image.labels)
+        if expiry is None or expiry >= moment:
             graph.roots.append((node, "an image"))
+            if expiry is not None:
+                graph.expires(expiry.timestamp())
         graph.link(node, Node(CONTENT, namespace, image.target.digest), "the image's target", structural=True)
         _labels(graph, node, image.labels)
 
@@ -198,6 +210,7 @@ def _ingests(connection: sqlite3.Connection, graph: Graph, writing: set[tuple[st
             graph.roots.append((node, "an upload that goes on"))
         elif expires is not None and int(expires) > now:
             graph.roots.append((node, "an upload that hasn't expired"))
+            graph.expires(int(expires) / 1e9)
         if shared:
             graph.link(node, Node(CONTENT, namespace, shared), "the blob that the upload stands for")
 
@@ -235,14 +248,14 @@ def _target(namespace: str, rest: str, value: str, kinds: Mapping[str, str]) -> 
     return None
 
 
-def expired(labels: Mapping[str, str], moment: datetime) -> bool:
-    """Whether the label `containerd.io/gc.expire` says a time before `moment`; one that is no time says nothing."""
+def expiry_of(labels: Mapping[str, str]) -> datetime | None:
+    """The time in the label `containerd.io/gc.expire`; None without one, or where it is no time (RFC 3339)."""
     text = labels.get(GC_EXPIRE)
     if text is None:
-        return False
+        return None
     try:
         expiry = datetime.fromisoformat(text)
     except ValueError:
-        return False
+        return None
     # RFC 3339 demands a zone; without one it is no time
-    return expiry.tzinfo is not None and expiry < moment
+    return expiry if expiry.tzinfo is not None else None

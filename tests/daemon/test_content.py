@@ -244,10 +244,10 @@ async def test_namespaces_share_files_and_see_only_their_own(tmp_path: Path) -> 
         assert all_.content.info("other", info.digest).labels == {}
         # the file stays as long as one of them has it
         await all_.content.delete(NS, info.digest)
-        await asyncio.sleep(0.1)
+        await asyncio.gather(*all_.content._tasks)
         assert all_.blob(info.digest).exists()
         await all_.content.delete("other", info.digest)
-        await asyncio.sleep(0.1)
+        await asyncio.gather(*all_.content._tasks)
         assert not all_.blob(info.digest).exists()
 
 
@@ -401,6 +401,7 @@ async def test_a_caller_that_goes_away_leaves_no_record_without_its_file(tmp_pat
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
         await asyncio.sleep(0.2)
+        await asyncio.gather(*all_.content._tasks)
         for info in await all_.content.list(NS):
             assert digest_of(all_.blob(info.digest).read_bytes()) == info.digest
         assert len(os.listdir("/proc/self/fd")) == opened

@@ -286,6 +286,41 @@ async def test_it_runs_by_itself_after_the_start_and_after_deletions(tmp_path: P
         assert await left(all_) == set()
 
 
+async def test_it_runs_by_itself_when_something_expires(tmp_path: Path) -> None:
+    policy = Policy(startup_delay=0.05, pause_threshold=0.5)
+    soon = {"containerd.io/gc.expire": (datetime.now(UTC) + timedelta(seconds=0.5)).isoformat()}
+    async with stores(tmp_path, policy) as all_:
+        await all_.leases.create(NS, "l", soon)
+        await blob(all_, "data", lease="l")
+        await asyncio.sleep(0.2)
+        assert await left(all_) == {"data"}
+        for _ in range(40):
+            await asyncio.sleep(0.05)
+            if not await left(all_):
+                break
+        assert await left(all_) == set()
+        assert await all_.leases.list(NS) == []
+
+
+async def test_it_sleeps_while_nothing_happens_and_hurries_when_asked(tmp_path: Path) -> None:
+    policy = Policy(startup_delay=0.01, pause_threshold=0.001, deletion_threshold=3)
+    async with stores(tmp_path, policy) as all_:
+        await asyncio.sleep(0.1)
+        assert all_.collector._collections == 1
+        digests = [await blob(all_, f"{number}") for number in range(4)]
+        await all_.content.delete(NS, digests[0])
+        await asyncio.sleep(0.1)
+        assert all_.collector._collections == 1  # 20 seconds since the last one are not over
+        await all_.content.delete(NS, digests[1])
+        await all_.content.delete(NS, digests[2])
+        for _ in range(40):
+            await asyncio.sleep(0.05)
+            if not await left(all_):
+                break
+        assert await left(all_) == set()
+        assert all_.collector._collections == 2
+
+
 async def test_a_start_is_not_held_up_by_a_large_collection(tmp_path: Path) -> None:
     async with stores(tmp_path) as all_:
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.daemon.stores import killed
 from wherry.core.errors import FailedPrecondition, Internal, NotFound, ResourceExhausted, Unavailable
-from wherry.daemon.metadata import Metadata
+from wherry.daemon.metadata import WAL_RESERVE, Metadata
 from wherry.daemon.metadata_schema import MIGRATIONS
 
 
@@ -118,6 +118,17 @@ async def test_a_checkpoint_empties_the_wal_and_loses_nothing(tmp_path: Path) ->
     with sqlite3.connect(path) as database:
         assert database.execute("SELECT count(*) FROM namespaces").fetchone() == (21,)
     database.close()
+
+
+async def test_the_disk_keeps_room_for_the_wal(tmp_path: Path) -> None:
+    metadata = await Metadata.open(str(tmp_path / "m.db"))
+    wal = tmp_path / "m.db-wal"
+    assert wal.stat().st_blocks * 512 >= WAL_RESERVE
+    await metadata.write(insert("a"))
+    await metadata.checkpoint()
+    assert wal.stat().st_size == 0
+    assert wal.stat().st_blocks * 512 >= WAL_RESERVE
+    await metadata.close()
 
 
 async def test_it_opens_again_with_what_was_written(tmp_path: Path) -> None:

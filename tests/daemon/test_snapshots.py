@@ -278,7 +278,7 @@ async def test_a_caller_that_goes_away_leaves_nothing_half_made(tmp_path: Path) 
             await asyncio.sleep(number * 0.0001)
             making.cancel()
             await asyncio.gather(making, return_exceptions=True)
-        await asyncio.sleep(0.1)
+        await asyncio.gather(*all_.snapshots._tasks, return_exceptions=True)
         records = {info.name for info in await all_.snapshots.list(NS, "native")}
         backends = {info.name.split("/", 2)[2] for info in all_.snapshots._snapshotters["native"].walk()}
         assert records == backends
