@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from wherry.cli import startup
+from wherry.cli.run import AWAY, RETRY
 from wherry.cli.terminal import raw, window
 from wherry.client.blocking import drive
 from wherry.core.errors import NotFound, Unavailable, WherryError
@@ -31,9 +32,8 @@ if TYPE_CHECKING:
 
 # bytes copied at once: what a FIFO of ours holds
 CHUNK = 1 << 20
-# how long a daemon may be away while its containers run on, in seconds
-AWAY = 120.0
-RETRY = 0.1
+# a connection that held this long (seconds) was a good one: the next loss starts a new count
+GOOD = 5.0
 # after the end of a process its streams close; when a child that outlived it holds them open, this silence is enough
 SILENCE = 2.0
 # ^D: the default VEOF of a terminal
@@ -61,7 +61,8 @@ class Waiter:
         self._container = container
         self._exec_id = exec_id
         self._pending: PendingExit | None = client.tasks.waiting(container, exec_id)
-        self._lost_at = 0.0
+        self._began = time.monotonic()
+        self._lost = 0.0
 
     def fileno(self) -> int:
         """What becomes readable with the end; -1 while the daemon is away."""
@@ -76,17 +77,22 @@ class Waiter:
         try:
             return drive(self._pending.result())
         except Unavailable:
+            now = time.monotonic()
+            if not self._lost or now - self._began > GOOD:
+                self._lost = now
+            if now - self._lost > AWAY:
+                raise
             self._pending = None
-            self._lost_at = self._lost_at or time.monotonic()
             return None
 
     def _again(self) -> bool:
         try:
             self._pending = self._client.tasks.waiting(self._container, self._exec_id)
         except Unavailable:
-            if time.monotonic() - self._lost_at > AWAY:
+            if time.monotonic() - self._lost > AWAY:
                 raise
             return False
+        self._began = time.monotonic()
         return True
 
     @staticmethod

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import os
 import signal
+import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from wherry.cli import launching
@@ -13,7 +15,7 @@ from wherry.cli.table import Command
 from wherry.client.fifos import Fifos
 from wherry.client.launch import create, remove
 from wherry.client.tasks import Stdio
-from wherry.core.errors import InvalidArgument, NotFound, WherryError
+from wherry.core.errors import InvalidArgument, NotFound, Unavailable, WherryError
 
 if TYPE_CHECKING:
     from wherry.cli.attach import Waiter
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
 # the exit codes of docker's command line, that scripts know: an error of ours, a command that can't be run, none there
 OURS, NOT_RUNNABLE, NO_COMMAND = 125, 126, 127
+# how long a daemon may be away while its containers run on, and between two tries to reach it, in seconds
+AWAY = 120.0
+RETRY = 0.1
+# what waits here is the whole command: there is no event loop that it could hold up
+pause = time.sleep
 
 
 def stream_options(parser: argparse._ActionsContainer) -> None:
@@ -88,10 +95,32 @@ async def run(session: Session, args: argparse.Namespace) -> int:
         client = session.client
         launched = await create(client, launching.launch(args))
     try:
-        return await run_task(session, launched, args)
-    finally:
+        status = await run_task(session, launched, args)
+    except BaseException:
         if args.rm:
-            await remove(client, launched.container)
+            # what went wrong first is what a person wants to know
+            with contextlib.suppress(WherryError):
+                await remove(client, launched.container)
+        raise
+    if args.rm:
+        await patiently(lambda: remove(client, launched.container))
+    return status
+
+
+async def patiently(call: Callable[[], Awaitable[object]]) -> None:
+    """Removes something that has ended, also when the daemon is away for a moment; gone already is as good."""
+    deadline = time.monotonic() + AWAY
+    while True:
+        try:
+            await call()
+        except NotFound:
+            return
+        except Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            pause(RETRY)
+        else:
+            return
 
 
 async def run_task(session: Session, launched: Launched, args: argparse.Namespace) -> int:
@@ -121,7 +150,7 @@ async def run_task(session: Session, launched: Launched, args: argparse.Namespac
         except BaseException:
             await kill_task(client, container.id)
             raise
-        await client.tasks.delete(container.id)
+        await patiently(lambda: client.tasks.delete(container.id))
         return status
     finally:
         if fifos is not None:

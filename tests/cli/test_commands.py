@@ -48,7 +48,7 @@ sys.exit(main(['-a', {wherry.address!r}, 'version']))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == f"wherry: no permission to reach {wherry.address}: it is for root or its group\n"
+    assert done.stderr.startswith(f"wherry: no permission to reach {wherry.address}")
 
 
 def test_images(wherry: Wherry, tmp_path: Path) -> None:
