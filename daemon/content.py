@@ -34,11 +34,12 @@ from wherry.core.errors import (
 )
 from wherry.core.filters import compile_filters, fields
 from wherry.daemon import content_files as files
+from wherry.daemon.content_records import GET, STATUS, begin, finish, is_used
 from wherry.daemon.content_writer import ContentWriter
 from wherry.daemon.fields import apply_mask, now, settle_labels, timestamp
 from wherry.daemon.leases import CONTENT, INGESTS, hold, release
 from wherry.daemon.metadata import Metadata
-from wherry.daemon.namespaces import Publish, ensure_namespace, unheard
+from wherry.daemon.namespaces import Publish, unheard
 from wherry.proto import content_pb2 as pb
 from wherry.proto import events_pb2
 
@@ -49,9 +50,6 @@ READ_CHUNK = 1 << 20
 # blobs up to this size (manifests, configs) are kept in memory once read: every start of a container reads them
 CACHED_BLOB = 64 << 10
 CACHED_TOTAL = 1 << 20
-# seconds that an upload which no lease holds stays after it was begun
-INGEST_LIFETIME = 24 * 3600
-_GET = "SELECT record FROM blobs WHERE namespace = ? AND digest = ?"
 
 
 class ContentStore:
@@ -75,14 +73,14 @@ class ContentStore:
 
     def info(self, namespace: str, digest: str) -> pb.Info:
         """Raises NotFound."""
-        row = self._metadata.row(_GET, (namespace, digest))
+        row = self._metadata.row(GET, (namespace, digest))
         if row is None:
             raise NotFound(f"content digest {digest}: not found")
         return pb.Info.FromString(row[0])
 
     def exists(self, namespace: str, digest: str) -> bool:
         """Whether the namespace has the blob."""
-        return self._metadata.row(_GET, (namespace, digest)) is not None
+        return self._metadata.row(GET, (namespace, digest)) is not None
 
     def path(self, namespace: str, digest: str) -> str:
         """The path of the blob's file, for workers that read it. Raises NotFound."""
@@ -112,7 +110,7 @@ class ContentStore:
         what = f'content info "{info.digest}"'
 
         def work(connection: sqlite3.Connection) -> pb.Info:
-            row = connection.execute(_GET, (namespace, info.digest)).fetchone()
+            row = connection.execute(GET, (namespace, info.digest)).fetchone()
             if row is None:
                 raise NotFound(f"content digest {info.digest}: not found")
             updated = pb.Info.FromString(row[0])
@@ -229,7 +227,7 @@ class ContentStore:
         writer: ContentWriter | None = None
         try:
             row = await self._metadata.write(
-                lambda db: _begin(db, namespace, ref, total=total, expected=expected, lease=lease)
+                lambda db: begin(db, namespace, ref, total=total, expected=expected, lease=lease)
             )
             if row is None:
                 raise AlreadyExists(f"content {expected}: already exists")
@@ -268,7 +266,7 @@ class ContentStore:
         record = info.SerializeToString()
 
         def work(connection: sqlite3.Connection) -> bool:
-            return _finish(connection, writer, info.digest, record)
+            return finish(connection, writer, info.digest, record)
 
         async with self._file_lock(info.digest):
             if writer.aborted:
@@ -296,7 +294,7 @@ class ContentStore:
         entry = self._open.get((namespace, ref))
         if entry is not None and entry[1] is not None:
             return entry[1].status()
-        row = self._metadata.row(f"{_STATUS} AND ref = ?", (namespace, ref))
+        row = self._metadata.row(f"{STATUS} AND ref = ?", (namespace, ref))
         if row is None:
             raise NotFound(f"reference {ref}: not found")
         found: pb.Status = await self.run(self._status, row)
@@ -306,7 +304,7 @@ class ContentStore:
         """Those that one of the filters matches (`ref`), by ref."""
         matches = compile_filters(filters)
         found = []
-        for row in await self._metadata.rows(f"{_STATUS} ORDER BY ref", (namespace,)):
+        for row in await self._metadata.rows(f"{STATUS} ORDER BY ref", (namespace,)):
             if matches(fields({"ref": row[1]})):
                 entry = self._open.get((namespace, row[1]))
                 live = entry[1] if entry is not None else None
@@ -361,7 +359,7 @@ class ContentStore:
         for digest in digests:
             async with self._file_lock(digest):
                 # asked in the writer's queue: behind every commit that is on its way, also a cancelled caller's
-                if await self._metadata.write(partial(_is_used, digest=digest)):
+                if await self._metadata.write(partial(is_used, digest=digest)):
                     continue
                 self._drop_cached(digest)
                 await self.run(files.remove_blob, self.tree.blob(digest))
@@ -467,62 +465,3 @@ class ContentStore:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-_STATUS = "SELECT id, ref, total, expected, shared, started FROM ingests WHERE namespace = ?"
-
-
-def _begin(
-    connection: sqlite3.Connection, namespace: str, ref: str, *, total: int, expected: str, lease: str | None
-) -> tuple[int, int, int, int | None] | None:
-    """Find or make the record of an upload: (id, total, started, size of the blob that it stands for).
-
-    None where the namespace has the expected blob; the lease holds that then.
-    """
-    ensure_namespace(connection, namespace)
-    shared = ""
-    shared_size = None
-    if expected:
-        if connection.execute(_GET, (namespace, expected)).fetchone() is not None:
-            hold(connection, namespace, lease, CONTENT, expected)
-            return None
-        other = connection.execute("SELECT record FROM blobs WHERE digest = ? LIMIT 1", (expected,)).fetchone()
-        if other is not None:
-            size = pb.Info.FromString(other[0]).size
-            if total in {0, size}:
-                shared, shared_size = expected, size
-    leased = hold(connection, namespace, lease, INGESTS, ref)
-    expires = None if leased else time.time_ns() + INGEST_LIFETIME * 10**9
-    row = connection.execute(
-        "SELECT id, total, started FROM ingests WHERE namespace = ? AND ref = ?", (namespace, ref)
-    ).fetchone()
-    if row is not None:
-        id_, known_total, started = row
-        connection.execute(
-            "UPDATE ingests SET total = ?, expected = ?, shared = ?, expires = ? WHERE id = ?",
-            (total or known_total, expected, shared, expires, id_),
-        )
-        return id_, known_total, started, shared_size
-    started = time.time_ns()
-    cursor = connection.execute(
-        "INSERT INTO ingests (namespace, ref, total, expected, shared, started, expires) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (namespace, ref, total, expected, shared, started, expires),
-    )
-    return cursor.lastrowid or 0, total, started, shared_size
-
-
-def _finish(connection: sqlite3.Connection, writer: ContentWriter, digest: str, record: bytes) -> bool:
-    """Replace the record of an upload by that of its blob; False where the namespace had the blob already."""
-    namespace, ref = writer.namespace, writer.ref
-    connection.execute("DELETE FROM ingests WHERE id = ?", (writer.id,))
-    release(connection, namespace, writer.lease, INGESTS, ref)
-    hold(connection, namespace, writer.lease, CONTENT, digest)
-    ensure_namespace(connection, namespace)
-    made = connection.execute("INSERT INTO blobs VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (namespace, digest, record))
-    return made.rowcount == 1
-
-
-def _is_used(connection: sqlite3.Connection, digest: str) -> bool:
-    """Whether a record names a blob, or an upload stands for it."""
-    query = "SELECT 1 FROM blobs WHERE digest = ?1 UNION ALL SELECT 1 FROM ingests WHERE shared = ?1 LIMIT 1"
-    return connection.execute(query, (digest,)).fetchone() is not None
