@@ -7,15 +7,14 @@ gRPC or ttrpc status, the client turns the status back into the same class. The 
 
 from __future__ import annotations
 
-from enum import IntEnum
-
-TYPE_CHECKING = False  # the runtime's command line can't afford to import typing; type checkers know the name
+TYPE_CHECKING = False  # without typing's import; type checkers know the name
 if TYPE_CHECKING:
     from typing import ClassVar
 
 
-class Code(IntEnum):
-    """Status codes of gRPC and of `google.rpc.Status`."""
+class Code:
+    """Status codes of gRPC and of `google.rpc.Status`: plain numbers, because the runtime's command line, which needs
+    these errors, can't afford to import `enum`."""
 
     OK = 0
     CANCELLED = 1
@@ -39,7 +38,7 @@ class Code(IntEnum):
 class WherryError(Exception):
     """The base of all; by itself an error of unknown kind."""
 
-    code: ClassVar[Code] = Code.UNKNOWN
+    code: ClassVar[int] = Code.UNKNOWN
 
     @property
     def message(self) -> str:

@@ -5,9 +5,9 @@ Both ends have the same memory at the fork, so messages carry only what happened
 
 from __future__ import annotations
 
-import json
 import os
 
+from wherry.runtime import quickjson
 from wherry.runtime.errors import ContainerError
 
 TYPE_CHECKING = False
@@ -26,7 +26,7 @@ class Channel:
     def send(self, kind: str, value: Any = None) -> None:
         """BrokenPipeError (as ContainerError) if the other side is gone."""
         try:
-            os.write(self.writer, json.dumps([kind, value]).encode() + b"\n")
+            os.write(self.writer, quickjson.dumps([kind, value]).encode() + b"\n")
         except BrokenPipeError:
             raise ContainerError("the other process is gone") from None
 
@@ -38,7 +38,7 @@ class Channel:
                 return "", None
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        kind, value = json.loads(line)
+        kind, value = quickjson.loads(line)
         return kind, value
 
     def expect(self, wanted: str) -> Any:

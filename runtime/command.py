@@ -52,10 +52,10 @@ def _main(words: list[str]) -> int:
     except OSError as error:
         log.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 1
-    except Exception as error:  # noqa: BLE001 - a caller reads the log, not a traceback; `--debug` shows it
+    except Exception as error:  # a caller reads the log, not a traceback; `--debug` shows it
         if log.debug_enabled:
             raise
-        log.error(f"{type(error).__name__}: {error}")
+        log.write("error", f"{type(error).__name__}: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
@@ -99,11 +98,15 @@ def _start(context: Context, flags: Flags, arguments: list[str]) -> int:
 
 
 def _state(context: Context, flags: Flags, arguments: list[str]) -> int:
+    import json
+
     sys.stdout.write(json.dumps(container.state(context.root, arguments[0]), indent=2, ensure_ascii=False))
     return 0
 
 
 def _list(context: Context, flags: Flags, arguments: list[str]) -> int:
+    import json
+
     from wherry.runtime import state
 
     try:
@@ -142,6 +145,8 @@ def _print_table(rows: list[list[str]]) -> None:
 def _ps(context: Context, flags: Flags, arguments: list[str]) -> int:
     pids = container.pids(context.root, arguments[0])
     if flags["format"] == "json":
+        import json
+
         sys.stdout.write(json.dumps(pids))
         return 0
     if flags["format"] not in ("", "table"):
@@ -241,6 +246,8 @@ def _spec(context: Context, flags: Flags, arguments: list[str]) -> int:
 
 
 def _features(context: Context, flags: Flags, arguments: list[str]) -> int:
+    import json
+
     from wherry.runtime import features
 
     sys.stdout.write(json.dumps(features.describe(), indent=4) + "\n")

@@ -26,9 +26,9 @@ Nothing else of the caller's descriptors reaches the container, save the `preser
 
 from __future__ import annotations
 
-import json
 import os
 
+from wherry.runtime import quickjson
 from wherry.runtime.errors import ContainerError
 
 TYPE_CHECKING = False
@@ -266,7 +266,7 @@ def forked(function: Callable[..., T], *args: object, **kwargs: object) -> T:
     _, status = os.waitpid(pid, 0)
     if not raw:
         raise ContainerError(f"the runtime died (wait status {status})")
-    answer = json.loads(raw)
+    answer = quickjson.loads(raw)
     if "error" in answer:
         raise ContainerError(answer["error"], answer["kind"])
     return answer["result"]  # type: ignore[no-any-return]
@@ -284,6 +284,6 @@ def _answer(writer: int, function: Callable[..., T], args: tuple[object, ...], k
     except BaseException as error:  # noqa: BLE001 - the caller has to learn of it; this process ends here
         answer = {"error": f"{type(error).__name__}: {error}", "kind": "unknown"}
     try:
-        os.write(writer, json.dumps(answer).encode())
+        os.write(writer, quickjson.dumps(answer).encode())
     finally:
         os._exit(0)

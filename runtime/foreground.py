@@ -14,6 +14,9 @@ from wherry.runtime import container
 from wherry.runtime.errors import INVALID, ContainerError
 
 TYPE_CHECKING = False
+_SIGWINCH = 28
+_OURS = frozenset((9, 13, 17, 19, 23))  # SIGKILL, SIGPIPE, SIGCHLD, SIGSTOP, SIGURG
+
 if TYPE_CHECKING:
     import _socket
     from collections.abc import Callable
@@ -59,7 +62,6 @@ def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_soc
 def _load_the_rest() -> None:
     """While the child mounts: what start, wait and delete will import."""
     import select  # noqa: F401
-    import signal  # noqa: F401
 
     from wherry.runtime import lifecycle  # noqa: F401
 
@@ -96,12 +98,11 @@ def _check_console(terminal: bool, path: str, *, detach: bool) -> None:
 
 
 def _forward_signals(pid: int, relay: _Relay | None) -> None:
-    import signal
-
-    unforwarded = (signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG, signal.SIGKILL, signal.SIGSTOP)
+    """All signals that can be caught and that mean the program, not us."""
+    native = __import__("_signal")  # what `signal` wraps in an enum, which would take 3 ms to make
 
     def forward(number: int, _frame: object) -> None:
-        if relay and number == signal.SIGWINCH:
+        if relay and number == _SIGWINCH:
             relay.resize()
             return
         try:
@@ -109,9 +110,9 @@ def _forward_signals(pid: int, relay: _Relay | None) -> None:
         except ProcessLookupError:
             return
 
-    for number in signal.valid_signals().difference(unforwarded):
-        if number < 32:
-            signal.signal(number, forward)
+    for number in range(1, 32):
+        if number not in _OURS:
+            native.signal(number, forward)
 
 
 def _wait(pid: int, relay: _Relay | None) -> int:

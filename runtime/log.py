@@ -5,10 +5,8 @@ containerd reads the last JSON line with level `error` out of the file; conmon a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 
 
 class Log:
@@ -21,6 +19,9 @@ class Log:
 
     def write(self, level: str, message: str) -> None:
         """One line. An error also goes to stderr when the log is a file: a person may be there."""
+        import json  # noqa: PLC0415 - most commands say nothing
+        import time  # noqa: PLC0415
+
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self.as_json:
             line = json.dumps({"level": level, "msg": message, "time": now})

@@ -6,11 +6,10 @@ runtime specification 1.2 (config.md, config-linux.md). A key with the value nul
 
 from __future__ import annotations
 
-import json
 import os
 
 from wherry.linux.namespaces import FLAGS as NAMESPACES
-from wherry.runtime import hooks
+from wherry.runtime import hooks, quickjson
 from wherry.runtime.errors import INVALID, ContainerError, invalid
 
 TYPE_CHECKING = False
@@ -58,7 +57,7 @@ def load(bundle: str) -> Spec:
     except FileNotFoundError:
         raise ContainerError("JSON specification file config.json not found", INVALID) from None
     try:
-        spec = json.loads(raw)
+        spec = quickjson.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{path}: not JSON: {error}", INVALID) from None
     validate(spec)
@@ -71,7 +70,7 @@ def get(value: Any, path: str, kind: type, default: Any = None) -> Any:
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {dict: "an object", list: "an array", str: "a string", int: "an integer", bool: "true or false"}
-        raise invalid(path, f"must be {names[kind]}, not {json.dumps(value)[:60]}")
+        raise invalid(path, f"must be {names[kind]}, not {quickjson.dumps(value)[:60]}")
     return value
 
 
@@ -101,7 +100,7 @@ def validate(spec: Any) -> None:
         raise ContainerError("config.json: must hold an object", INVALID)
     version = get(spec.get("ociVersion"), "ociVersion", str, "")
     if not version.startswith("1."):
-        raise invalid("ociVersion", f"unsupported version {json.dumps(version)}" if version else "is missing")
+        raise invalid("ociVersion", f"unsupported version {quickjson.dumps(version)}" if version else "is missing")
     root = get(spec.get("root"), "root", dict)
     if root is None:
         raise ContainerError("root: is missing: Root must be specified", INVALID)
@@ -128,7 +127,7 @@ def validate_process(process: Any, path: str = "process") -> None:
     if not cwd:
         raise invalid(f"{path}.cwd", "Cwd property must not be empty")
     if not cwd.startswith("/"):
-        raise invalid(f"{path}.cwd", f"Cwd must be an absolute path, not {json.dumps(cwd)}")
+        raise invalid(f"{path}.cwd", f"Cwd must be an absolute path, not {quickjson.dumps(cwd)}")
     user = get(process.get("user"), f"{path}.user", dict, {})
     for key in ("uid", "gid", "umask"):
         _unsigned(user.get(key), f"{path}.user.{key}")
@@ -192,12 +191,12 @@ def _validate_namespaces(linux: Spec) -> dict[str, str]:
     for where, item in _objects(linux.get("namespaces"), "linux.namespaces"):
         kind = get(item.get("type"), f"{where}.type", str, "")
         if kind not in NAMESPACES:
-            raise invalid(f"{where}.type", f"unknown namespace {json.dumps(kind)}")
+            raise invalid(f"{where}.type", f"unknown namespace {quickjson.dumps(kind)}")
         if kind in found:
-            raise invalid(f"{where}.type", f"malformed spec file: duplicated ns {json.dumps(kind)}")
+            raise invalid(f"{where}.type", f"malformed spec file: duplicated ns {quickjson.dumps(kind)}")
         path = get(item.get("path"), f"{where}.path", str, "")
         if path and not path.startswith("/"):
-            raise invalid(f"{where}.path", f"must be absolute, not {json.dumps(path)}")
+            raise invalid(f"{where}.path", f"must be absolute, not {quickjson.dumps(path)}")
         if path and not os.path.exists(path):
             raise invalid(f"{where}.path", f"lstat {path}: no such file or directory")
         found[kind] = path
@@ -211,10 +210,10 @@ def _validate_linux(spec: Spec, linux: Spec, namespaces: dict[str, str]) -> None
             raise invalid(f"linux.{key}", "unable to restrict sys entries without a private MNT namespace")
         for number, path in enumerate(paths):
             if not path.startswith("/"):
-                raise invalid(f"linux.{key}[{number}]", f"must be absolute, not {json.dumps(path)}")
+                raise invalid(f"linux.{key}[{number}]", f"must be absolute, not {quickjson.dumps(path)}")
     propagation = get(linux.get("rootfsPropagation"), "linux.rootfsPropagation", str, "")
     if propagation not in PROPAGATIONS:
-        raise invalid("linux.rootfsPropagation", f"unknown propagation {json.dumps(propagation)}")
+        raise invalid("linux.rootfsPropagation", f"unknown propagation {quickjson.dumps(propagation)}")
     for key in ("hostname", "domainname"):
         if get(spec.get(key), key, str, "") and "uts" not in namespaces:
             raise invalid(key, "unable to set hostname without a private UTS namespace")
@@ -244,33 +243,35 @@ def _validate_mappings(linux: Spec, namespaces: dict[str, str]) -> None:
 
 def _validate_sysctl(linux: Spec, namespaces: dict[str, str]) -> None:
     for key, value in get(linux.get("sysctl"), "linux.sysctl", dict, {}).items():
-        where = f"linux.sysctl[{json.dumps(key)}]"
+        where = f"linux.sysctl[{quickjson.dumps(key)}]"
         get(value, where, str)
         name = key.replace("/", ".") if "." not in key.split("/")[0] else key
         if ".." in name or name.startswith("."):
             raise invalid(where, "is not a sysctl's name")
         if name in _IPC_SYSCTLS or name.startswith("fs.mqueue."):
             if "ipc" not in namespaces:
-                raise invalid(where, f"sysctl {json.dumps(key)} is not allowed in the hosts ipc namespace")
+                raise invalid(where, f"sysctl {quickjson.dumps(key)} is not allowed in the hosts ipc namespace")
         elif name.startswith("net."):
             if "network" not in namespaces:
-                raise invalid(where, f"sysctl {json.dumps(key)} not allowed in host network namespace")
+                raise invalid(where, f"sysctl {quickjson.dumps(key)} not allowed in host network namespace")
         elif name == "kernel.domainname":
             if "uts" not in namespaces:
-                raise invalid(where, f"sysctl {json.dumps(key)} is not allowed in the hosts uts namespace")
+                raise invalid(where, f"sysctl {quickjson.dumps(key)} is not allowed in the hosts uts namespace")
         elif name == "kernel.hostname":
-            raise invalid(where, f"sysctl {json.dumps(key)} is not allowed as it conflicts with the OCI hostname field")
+            raise invalid(
+                where, f"sysctl {quickjson.dumps(key)} is not allowed as it conflicts with the OCI hostname field"
+            )
         else:
-            raise invalid(where, f"sysctl {json.dumps(key)} is not in a separate kernel namespace")
+            raise invalid(where, f"sysctl {quickjson.dumps(key)} is not in a separate kernel namespace")
 
 
 def _validate_devices(linux: Spec) -> None:
     for where, item in _objects(linux.get("devices"), "linux.devices"):
         path = get(item.get("path"), f"{where}.path", str, "")
         if not path.startswith("/"):
-            raise invalid(f"{where}.path", f"must be an absolute path, not {json.dumps(path)}")
+            raise invalid(f"{where}.path", f"must be an absolute path, not {quickjson.dumps(path)}")
         if get(item.get("type"), f"{where}.type", str, "") not in ("c", "b", "u", "p"):
-            raise invalid(f"{where}.type", f"invalid device type {json.dumps(item.get('type'))}")
+            raise invalid(f"{where}.type", f"invalid device type {quickjson.dumps(item.get('type'))}")
         get(item.get("major"), f"{where}.major", int)
         get(item.get("minor"), f"{where}.minor", int)
         _unsigned(item.get("fileMode"), f"{where}.fileMode")

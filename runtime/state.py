@@ -17,11 +17,11 @@ read. So whatever command is killed wherever it is, the answer is right.
 from __future__ import annotations
 
 import errno
-import json
 import os
 
 from wherry.linux import process
 from wherry.linux import syscalls as sc
+from wherry.runtime import quickjson
 from wherry.runtime.errors import EXISTS, INVALID, NOT_FOUND, ContainerError
 
 TYPE_CHECKING = False
@@ -87,12 +87,12 @@ class State:
         os.mkfifo(self.fifo, 0o600)
 
     def save_spec(self, spec: dict[str, Any]) -> None:
-        _write(os.path.join(self.folder, "config.json"), json.dumps(spec))
+        _write(os.path.join(self.folder, "config.json"), quickjson.dumps(spec))
 
     def save(self) -> None:
         """Write state.json."""
         values = {key: value for key, value in self.__dict__.items() if key != "root"}
-        _write(os.path.join(self.folder, "state.json"), json.dumps(values))
+        _write(os.path.join(self.folder, "state.json"), quickjson.dumps(values))
 
     def remove(self) -> None:
         """Delete the folder with the few files that may be in it."""
@@ -113,7 +113,7 @@ class State:
 
     def spec(self) -> dict[str, Any]:
         with open(os.path.join(self.folder, "config.json"), "rb") as file:
-            return json.loads(file.read())  # type: ignore[no-any-return]
+            return quickjson.loads(file.read())  # type: ignore[no-any-return]
 
     # -- what it does now -----------------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ def load(root: str, container_id: str) -> State:
     state = State(root, container_id)
     try:
         with open(os.path.join(state.folder, "state.json"), "rb") as file:
-            values = json.loads(file.read())
+            values = quickjson.loads(file.read())
     except (FileNotFoundError, NotADirectoryError):
         if os.path.isdir(state.folder):
             return state  # `create` was killed before it wrote anything: stopped, and can be deleted
