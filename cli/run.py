@@ -40,9 +40,7 @@ def stream_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("-i", "--interactive", action="store_true", help="pass our input on (always done, without -d)")
     parser.add_argument("--log-uri", default="", metavar="URI", help="output to file:///path or binary:///program")
     parser.add_argument("--fifo-dir", default="", metavar="DIR", help="folder for the FIFOs")
-    parser.add_argument(
-        "--sig-proxy", nargs="?", const=True, default=True, type=switch, metavar="BOOL", help="pass signals on (true)"
-    )
+    parser.add_argument("--sig-proxy", default=True, type=switch, metavar="BOOL", help="pass signals on (true)")
 
 
 def switch(text: str) -> bool:

@@ -32,6 +32,13 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`-e, --env NAME=VALUE`: the value is named once."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
 
 class Parser(argparse.ArgumentParser):
     """Usage errors exit with 2 and one line that says where the help is."""
@@ -52,7 +59,19 @@ def parser_for(command: Command, prog: str) -> Parser:
         allow_abbrev=False,
     )
     command.configure(parser)
+    # the options are listed below: in this line they would hide what matters
+    words = [word for action in parser._get_positional_actions() for word in _positional(action)]
+    parser.usage = " ".join([prog, "[OPTION]...", *words])
     return parser
+
+
+def _positional(action: argparse.Action) -> list[str]:
+    name = str(action.metavar or action.dest)
+    if action.nargs == "+":
+        return [f"{name}..."]
+    if action.nargs in {"?", "*", argparse.REMAINDER}:
+        return [f"[{name}...]" if action.nargs == "*" else f"[{name}]"]
+    return [name]
 
 
 def find(commands: Sequence[Command], name: str) -> Command | None:

@@ -196,7 +196,7 @@ def _exec_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _attach_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sig-proxy", nargs="?", const=True, default=True, type=switch, metavar="BOOL")
+    parser.add_argument("--sig-proxy", default=True, type=switch, metavar="BOOL", help="pass signals on (true)")
     _id(parser)
 
 
