@@ -29,6 +29,7 @@ from wherry.core.filters import Adaptor, Filter, compile_filters
 from wherry.core.names import check_identifier, require_namespace
 from wherry.core.topics import check_topic
 from wherry.core.typeurl import pack, unpack
+from wherry.daemon import logs
 from wherry.proto import events_pb2 as _events  # noqa: F401  # registers the events' types for unpacking
 from wherry.proto import events_service_pb2, events_ttrpc_pb2
 from wherry.proto.service import Context
@@ -143,7 +144,8 @@ class Exchange:
         if threading.get_ident() != self._thread:
             self._loop.call_soon_threadsafe(self._send, envelope)
             return
-        log.debug("event", namespace=envelope.namespace, topic=envelope.topic, type=envelope.event.type_url)
+        if logs.is_debug():
+            log.debug("event", namespace=envelope.namespace, topic=envelope.topic, type=envelope.event.type_url)
         for watcher in self._watchers.get(envelope.topic, ()):
             watcher(envelope)
         for subscription in tuple(self._subscriptions):

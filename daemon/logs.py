@@ -20,8 +20,18 @@ LEVELS = {
 }
 
 
+_debug = False
+
+
+def is_debug() -> bool:
+    """Whether debug lines are written: for places that are passed too often to build a line that nobody gets."""
+    return _debug
+
+
 def set_up(level: str = "", form: str = "") -> None:
     """Configure logging once. `level` is one of LEVELS, empty: info; `form` "text", "json" or empty."""
+    global _debug  # noqa: PLW0603 -- one log for one process
+    _debug = LEVELS.get(level or "info", logging.INFO) <= logging.DEBUG
     text = form == "text" or (not form and sys.stderr.isatty())
     renderer: Any
     if text:
@@ -53,4 +63,6 @@ def _same(logger: Any, name: str, event: Any) -> Any:
 
 def set_level(level: str) -> None:
     """Change the level of a daemon that runs; empty: info."""
+    global _debug  # noqa: PLW0603
+    _debug = LEVELS.get(level or "info", logging.INFO) <= logging.DEBUG
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS.get(level or "info", logging.INFO)))

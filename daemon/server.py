@@ -31,7 +31,7 @@ from wherry.daemon.leases import LeaseService, LeaseStore
 from wherry.daemon.link import Limits, Places
 from wherry.daemon.metadata import Metadata
 from wherry.daemon.namespaces import NamespaceService, NamespaceStore
-from wherry.daemon.notify import Relay, notify
+from wherry.daemon.notify import notify
 from wherry.daemon.plugins import Plugins
 from wherry.daemon.sandboxes import SandboxService, SandboxStore
 from wherry.daemon.shims import Shims
@@ -260,16 +260,12 @@ class Daemon:
             max_receive=options.max_recv_message_size,
             max_send=options.max_send_message_size,
         )
-        listener = self._listeners.pop(options.address, None)
-        address = options.address if listener is None else self._state("grpc.sock")
-        os.makedirs(os.path.dirname(address), mode=0o711, exist_ok=True)
-        server.bind(address, uid=options.uid, gid=options.gid)
-        await server.start()
         self._cleanup.push_async_callback(server.stop, GRACE)
-        if listener is not None:
-            relay = Relay(listener, address)
-            await relay.start()
-            self._cleanup.push_async_callback(relay.close)
+        if (listener := self._listeners.pop(options.address, None)) is not None:
+            await server.serve_socket(listener)
+        else:
+            os.makedirs(os.path.dirname(options.address), mode=0o711, exist_ok=True)
+            await server.serve_unix(options.address, uid=options.uid, gid=options.gid)
         self._health.serving(True)
         self._cleanup.callback(self._health.serving, False)
         for path, unused in self._listeners.items():
