@@ -394,7 +394,18 @@ def unmount_all(target: str, flags: int = 0) -> None:
 class MountInfo:
     """A line of /proc/PID/mountinfo (proc(5)): octal escapes are undone, `propagation` are the optional fields."""
 
-    __slots__ = ("device", "mount_id", "options", "parent_id", "propagation", "root", "source", "super", "target", "type")
+    __slots__ = (
+        "device",
+        "mount_id",
+        "options",
+        "parent_id",
+        "propagation",
+        "root",
+        "source",
+        "super",
+        "target",
+        "type",
+    )
 
     def __init__(self, line: str) -> None:
         left, _, right = line.partition(" - ")
