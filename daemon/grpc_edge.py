@@ -1,10 +1,10 @@
 """The gRPC door: services without a transport, served to gRPC clients over HTTP/2 on a unix socket.
 
-It is our own and not grpcio's server: that one has a thread for its sockets, which wakes the loop for each step
-of a call. It took more than half of the daemon's time, and it can't take over a listening socket. What goes over the
+It is our own and not grpcio's server: that one has a thread for its sockets, which wakes the loop for each step of
+a call. It took more than half of the daemon's time, and it can't take over a listening socket. What goes over the
 wire is the protocol of gRPC over HTTP/2 (PROTOCOL-HTTP2.md of the gRPC project):
 
-    request   HEADERS(:path /package.Service/Method, grpc-timeout, metadata…) DATA(1 byte flag, 4 bytes length, message)…
+    request   HEADERS(:path /package.Service/Method, grpc-timeout, metadata…) DATA(flag, 4 bytes length, message)…
     response  HEADERS(:status 200) DATA… HEADERS(grpc-status, grpc-message)
 
 Errors become a status here, once; the caller's metadata and deadline become a `Context`; where the caller goes away,

@@ -31,6 +31,7 @@ from wherry.core.errors import (
     from_code,
 )
 from wherry.core.typeurl import is_a, unpack_as
+from wherry.daemon import logs
 from wherry.daemon.bundle import Bundle, Launch, find
 from wherry.daemon.events import Exchange
 from wherry.daemon.link import Key, Limits, Places, Shim
@@ -121,16 +122,21 @@ class Shims:
         async with self._working(key):
             if key in self._shims:
                 raise AlreadyExists(f"task {bundle.id}: already exists")
+            began = time.perf_counter()
             bundle.create(spec, launch)
             shim = Shim(bundle, launch, self._planned(key))
             try:
                 shim = await self._launch(shim, options)
+                launched = time.perf_counter()
                 response = await self._create_task(shim, request)
             except BaseException:
                 await self._undo(shim)
                 raise
             shim.pid = response.pid
             self._shims[key] = shim
+            if logs.is_debug():
+                took = {"launch_ms": launched - began, "create_ms": time.perf_counter() - launched}
+                log.debug("task created", id=bundle.id, **{name: round(s * 1000, 2) for name, s in took.items()})
             return shim
 
     async def _launch(self, shim: Shim, options: any_pb2.Any) -> Shim:
