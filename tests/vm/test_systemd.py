@@ -128,7 +128,7 @@ def test_an_exit_while_it_was_stopped_is_found(daemon: Machine) -> None:
 
 
 def test_the_socket_starts_it(daemon: Machine, container: str) -> None:
-    """Last: it leaves the daemon behind its socket unit."""
+    """It leaves the daemon behind its socket unit."""
     daemon.check("systemctl stop wherryd && wherryd systemd install --socket --now", timeout=90)
     assert shown(daemon, "ActiveState") == "inactive"
     assert daemon.check("stat -c %a /run/wherry/wherryd.sock") == "660"
@@ -149,7 +149,12 @@ def test_the_socket_starts_it(daemon: Machine, container: str) -> None:
     # clients wait while it restarts, none is refused
     daemon.check("systemctl kill --kill-whom=main -s KILL wherryd && wherry version", timeout=90)
     assert_goes_on(daemon, container)
+
+
+def test_removal(daemon: Machine) -> None:
+    """Last of all: nothing of the installation is left, and the data is."""
     daemon.check("wherryd systemd install --remove", timeout=90)
-    assert daemon.run("test -e /etc/systemd/system/wherryd.service").code == 1
-    daemon.check("wherryd systemd install --now -- --log-level debug", timeout=90)
-    assert_goes_on(daemon, container)
+    left = "ls /etc/systemd/system/*/wherryd.* /etc/systemd/system/wherryd.* /run/wherry/wherryd.sock*"
+    assert daemon.run(left).out.count("No such file") == 3
+    assert shown(daemon, "LoadState") == "not-found"
+    assert daemon.check("ls /var/lib/wherry")
