@@ -31,9 +31,9 @@ from wherry.proto.ttrpc import sockets
 from wherry.runtime import container as bundled
 from wherry.runtime.sealed import ensure_sealed
 from wherry.shim.cleanup import clean_up
-from wherry.shim.forkserver import detach
 from wherry.shim.log import take_over
-from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals
+from wherry.shim.nursery import detach
+from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals, raise_oom_score
 
 VERSION: Final = "0.1.0"
 # where containerd's shims listen (defaults.DefaultStateDir + "/s")
@@ -228,6 +228,7 @@ def start(flags: Flags, stdin: bytes) -> None:
     def shim() -> None:
         _own_streams("debug" if order.debug else "info")
         install_signals()
+        raise_oom_score()
         become_shim(parameters)
         os.close(ready_read)
         os.close(ready_write)

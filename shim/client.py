@@ -1,7 +1,7 @@
 """The daemon's side of shims: the fork server, and the start protocol of shims that are somebody else's.
 
 `ForkServer` owns one process that was started by exec (`python -I -m wherry.shim.forkserver`) and speaks with it over a
-socket pair of type SOCK_SEQPACKET: one JSON object a message, requests carry `seq`, replies repeat it, in any order.
+socket pair of type SOCK_SEQPACKET in lists of strings (`wherry.shim.words`); answers come in any order.
 When it dies, the next request starts another one; shims live on, they are children of init.
 
 Imports asyncio and the messages, nothing of the runtime: what a shim needs is loaded in the fork server only.
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from wherry.core import errors
 from wherry.shim.foreign import (
     DELETE_TIMEOUT,
+    TASK_API_VERSION,
     Bootstrap,
     ForeignShim,
     ShimLog,
@@ -30,6 +30,7 @@ from wherry.shim.foreign import (
     parse_start_response,
     start_foreign_shim,
 )
+from wherry.shim.words import ShimWords, join, split
 
 __all__ = [
     "Bootstrap",
@@ -99,7 +100,7 @@ class ForkServer:
         self._log = log or (lambda event, fields: None)
         self._python = python
         self._sequence = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[str, asyncio.Future[list[str]]] = {}
         self._outbox: list[bytes] = []
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -123,7 +124,7 @@ class ForkServer:
 
     async def ping(self) -> None:
         """Return when the fork server has loaded and answers. Raises Unavailable."""
-        await self._call({"op": "ping"}, SPAWN_TIMEOUT)
+        await self._call("ping", (), SPAWN_TIMEOUT)
 
     async def spawn(self, request: ShimRequest) -> Bootstrap:
         """Fork a shim and return when it listens on its socket (about 3 ms).
@@ -131,20 +132,16 @@ class ForkServer:
         A shim that already listens there for the same id (the fork server died between fork and answer) is taken
         over, no second one is made. Raises Unavailable, and what the shim itself ran into (AlreadyExists, Internal).
         """
-        reply = await self._call({"op": "spawn", **asdict(request)}, SPAWN_TIMEOUT, again=True)
-        return Bootstrap("unix://" + str(reply["socket"]), "ttrpc", int(reply["version"]), int(reply["pid"]))
+        pid, path = await self._call("spawn", _words(request), SPAWN_TIMEOUT, again=True)
+        return Bootstrap("unix://" + path, "ttrpc", TASK_API_VERSION, int(pid))
 
-    async def delete(self, request: ShimRequest, *, runtime_options: bytes = b"") -> DeadShim:
+    async def delete(self, request: ShimRequest) -> DeadShim:
         """Clean up after a shim of ours that died: kill the container, unmount, delete the runtime's state.
 
-        Done in a child of the fork server. `runtime_options` is the serialized `Any` that the task was created with;
-        without it the copy that the shim left in the bundle is used. Idempotent.
+        Done in a child of the fork server, with the runtime that the shim noted in the bundle. Idempotent.
         """
-        fields = {"op": "delete", **asdict(request), "options": runtime_options.hex()}
-        reply = await self._call(fields, DELETE_TIMEOUT, again=True)
-        return DeadShim(
-            int(reply["pid"]), int(reply["exit_status"]), int(reply["exited_at_ns"]), str(reply.get("reason", ""))
-        )
+        pid, status, at_ns, reason = await self._call("delete", _words(request), DELETE_TIMEOUT, again=True)
+        return DeadShim(int(pid), int(status), int(at_ns), reason)
 
     async def close(self) -> None:
         """Let the fork server exit and reap it; shims live on."""
@@ -165,7 +162,7 @@ class ForkServer:
             try:
                 # vfork and exec: no Python runs between (preexec_fn would fork with the threads of gRPC around)
                 self._process = subprocess.Popen(
-                    [self._python, "-I", "-m", "wherry.shim.forkserver", "--control-fd", str(theirs.fileno())],
+                    [self._python, "-I", "-OO", "-m", "wherry.shim.forkserver", "--control-fd", str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
@@ -191,14 +188,14 @@ class ForkServer:
             self._answered(data)
 
     def _answered(self, data: bytes) -> None:
-        reply = json.loads(data)
-        future = self._waiting.pop(int(reply.get("seq", 0)), None)
+        sequence, code, *words = split(data)
+        future = self._waiting.pop(sequence, None)
         if future is None or future.done():
             return
-        if "error" in reply:
-            future.set_exception(errors.from_code(int(reply.get("code", 2)), str(reply["error"])))
+        if code:
+            future.set_exception(errors.from_code(int(code), words[0]))
         else:
-            future.set_result(reply)
+            future.set_result(words)
 
     def _died(self, control: socket.socket) -> None:
         if control is not self._control:
@@ -247,23 +244,23 @@ class ForkServer:
 
     # -- one request -----------------------------------------------------------------------------------------------
 
-    async def _call(self, fields: dict[str, Any], within: float, *, again: bool = False) -> dict[str, Any]:
+    async def _call(self, operation: str, words: Sequence[str], within: float, *, again: bool = False) -> list[str]:
         try:
-            return await self._call_once(fields, within)
+            return await self._call_once(operation, words, within)
         except _Gone:
             if not again or self._closing:
                 raise
-            return await self._call_once(fields, within)
+            return await self._call_once(operation, words, within)
 
-    async def _call_once(self, fields: dict[str, Any], within: float) -> dict[str, Any]:
+    async def _call_once(self, operation: str, words: Sequence[str], within: float) -> list[str]:
         if self._closing:
             raise errors.Unavailable("the fork server was closed")
         if self._control is None:
             self._launch()
-        sequence = next(self._sequence)
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        sequence = str(next(self._sequence))
+        future: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         self._waiting[sequence] = future
-        self._outbox.append(json.dumps({"seq": sequence, **fields}).encode())
+        self._outbox.append(join(operation, sequence, *words))
         self._flush()
         try:
             async with asyncio.timeout(within):
@@ -289,6 +286,21 @@ class ForkServer:
                 return
             self._outbox.pop(0)
         loop.remove_writer(control)
+
+
+def _words(request: ShimRequest) -> ShimWords:
+    return ShimWords(
+        namespace=request.namespace,
+        id=request.id,
+        bundle=request.bundle,
+        socket=request.socket,
+        ttrpc_address=request.ttrpc_address,
+        grpc_address=request.grpc_address,
+        log_level=request.log_level,
+        oom_score_adj="" if request.oom_score_adj is None else str(request.oom_score_adj),
+        shim_cgroup=request.shim_cgroup,
+        state=request.state,
+    )
 
 
 class _Gone(errors.Unavailable):

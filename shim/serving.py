@@ -60,7 +60,8 @@ def become_shim(parameters: Parameters) -> None:
     set_child_subreaper()
     title = [NAME, "-namespace", parameters.namespace, "-id", parameters.id, "-address", parameters.grpc_address]
     set_process_title(title, NAME)
-    _adjust_oom_score(parameters.oom_score_adj)
+    if parameters.oom_score_adj is not None:
+        _write_oom_score(parameters.oom_score_adj)
     if parameters.shim_cgroup:
         cgroup = cgroups.plan(parameters.shim_cgroup, parameters.id)
         if not cgroup.exists():
@@ -71,16 +72,16 @@ def become_shim(parameters: Parameters) -> None:
             cgroup.add(os.getpid())
 
 
-def _adjust_oom_score(wanted: int | None) -> None:
-    """A shim is killed sooner than the daemon, its parent, but not by much (containerd's AdjustOOMScore)."""
-    with contextlib.suppress(OSError, ValueError):
-        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            score = int(os.read(fd, 32)) + 1 if wanted is None else wanted
-            if score <= _MAX_OOM_SCORE:
-                os.pwrite(fd, b"%d" % score, 0)
-        finally:
-            os.close(fd)
+def raise_oom_score() -> None:
+    """Shims, forks of this process, are killed sooner than the daemon, by one point (containerd's AdjustOOMScore)."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj") as file:
+        _write_oom_score(int(file.read()) + 1)
+
+
+def _write_oom_score(score: int) -> None:
+    if score <= _MAX_OOM_SCORE:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write(str(score))
 
 
 def _describe(number: int, frame: object) -> None:

@@ -1,0 +1,198 @@
+"""The fork server: everything loaded that a shim and the bundled runtime ever need, and a fork for each shim.
+
+A shim begins as a fork, in 2 ms, with its memory shared until written. The fork server has one thread for life, is the
+parent of no shim, keeps nothing about them and ends with its control socket.
+
+    daemon                     fork server                 shim
+      │  "spawn" 7 …               │                         │
+      ├───────────────────────────>│ fork, fork again        │
+      │                            ├────────────────────────>│ session, bind, listen
+      │  7 "" pid socket                                     │ (a child of init: its parent has exited)
+      │<─────────────────────────────────────────────────────┤
+      │            connect, Create, …                        │ serves
+
+The control socket is SOCK_SEQPACKET, so the shim answers by itself. A message is a list of strings, see
+`wherry.shim.words`: JSON would be nicer to look at, and 0.2 MB more in each shim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from wherry.core.errors import AlreadyExists, Code, WherryError
+from wherry.linux.process import reserve_process_title, set_child_subreaper, set_process_title
+from wherry.proto.ttrpc import sockets
+from wherry.runtime import container as bundled
+from wherry.shim.cleanup import clean_up
+from wherry.shim.log import log, log_exception, take_over
+from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals, raise_oom_score
+from wherry.shim.warming import walk
+from wherry.shim.words import ShimWords, join, split
+
+# what a title may hold: the longest id and namespace (76 each), and the address
+TITLE_ROOM: Final = 1024
+_MESSAGE_MAX: Final = 256 * 1024
+
+
+def serve_control(number: int) -> None:
+    """Load, freeze, serve the control socket, a descriptor, until its end."""
+    control = socket.socket(fileno=number)
+    os.set_inheritable(number, False)
+    reserve_process_title(TITLE_ROOM)
+    # its life ends with the control socket; Ctrl-C in the daemon's terminal is the daemon's
+    install_signals()
+    raise_oom_score()
+    life = preload()
+    set_process_title(["wherry-forkserver"], "wherry-fork")
+    run(control, life)
+
+
+def preload() -> Life:
+    """Load what is loaded late elsewhere, walk the shim's ways, then hand all objects to the permanent generation."""
+    bundled.preload()
+    walk(_own_streams)
+    life = Life()
+    gc.collect()
+    # nothing collected later looks at them, so their pages stay shared
+    gc.freeze()
+    return life
+
+
+def run(control: socket.socket, life: Life) -> None:
+    """Answer until the daemon closes its end.
+
+    As little as can be happens between two forks: what this process writes to is no longer shared with the shims that
+    were forked before, and every one of them is left with a copy of its own.
+    """
+    receive, fork, wait = control.recv, os.fork, os.waitpid
+    while True:
+        try:
+            data = receive(_MESSAGE_MAX)
+        except OSError:
+            return
+        if not data:
+            return
+        middle = fork()
+        if not middle:
+            _orphan(_answer, control, life, data)
+        wait(middle, 0)
+
+
+def detach(function: Callable[..., object], *args: object) -> None:
+    """Run a function in a process that is a child of init and leads its own session; it ends with the function."""
+    middle = os.fork()
+    if not middle:
+        _orphan(function, *args)
+    os.waitpid(middle, 0)
+
+
+def _orphan(function: Callable[..., object], *args: object) -> NoReturn:
+    status = 1
+    try:
+        if os.fork():
+            status = 0
+        else:
+            os.setsid()
+            function(*args)
+            status = 0
+    except BaseException as error:  # noqa: BLE001  # nothing may return into the caller's code
+        log_exception(error)
+    finally:
+        os._exit(status)
+
+
+def _answer(control: socket.socket, life: Life, data: bytes) -> None:
+    operation, sequence, *words = split(data)
+    try:
+        if operation == "spawn":
+            _shim(control, sequence, ShimWords(*words), life)
+        elif operation == "delete":
+            _delete(control, sequence, ShimWords(*words))
+        elif operation == "ping":
+            _reply(control, sequence)
+        else:
+            raise WherryError(f"the fork server knows no {operation!r}")
+    except (WherryError, OSError, TypeError, ValueError) as error:
+        _refuse(control, sequence, error)
+
+
+# -- in the shim -----------------------------------------------------------------------------------------------------
+
+
+def _shim(control: socket.socket, sequence: str, words: ShimWords, life: Life) -> None:
+    parameters = _parameters(words)
+    _own_streams(parameters.bundle, words.log_level)
+    listener = _listen(control, sequence, parameters)
+    if listener is None:
+        return
+    become_shim(parameters)
+    _reply(control, sequence, str(os.getpid()), parameters.socket)
+    control.close()
+    life.serve(listener, parameters)
+
+
+def _parameters(words: ShimWords) -> Parameters:
+    return Parameters(
+        words.namespace,
+        words.id,
+        words.bundle,
+        words.socket,
+        words.ttrpc_address,
+        words.grpc_address,
+        "",
+        words.state,
+        words.shim_cgroup,
+        int(words.oom_score_adj) if words.oom_score_adj else None,
+    )
+
+
+def _own_streams(bundle: str, level: str) -> None:
+    """Nothing of the daemon's terminal or journal stays open in a shim; its log is a file beside the container."""
+    os.chdir(bundle)
+    fd = os.open("shim.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(fd, 2)
+    os.close(fd)
+    take_over(level)
+
+
+def _listen(control: socket.socket, sequence: str, parameters: Parameters) -> socket.socket | None:
+    """The shim's socket; None where a shim listens there already, which is then the answer."""
+    try:
+        return sockets.bind(parameters.socket)
+    except AlreadyExists:  # a file is there: whose?
+        try:
+            return sockets.bind(parameters.socket, replace=True)
+        except AlreadyExists:
+            with sockets.connect(parameters.socket, timeout=1) as peer:
+                pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+            _reply(control, sequence, str(pid), parameters.socket)
+            return None
+
+
+def _delete(control: socket.socket, sequence: str, words: ShimWords) -> None:
+    set_process_title([NAME, "-namespace", words.namespace, "-id", words.id, "delete"], NAME)
+    set_child_subreaper()
+    remains = clean_up(words.namespace, words.id, words.bundle, words.state)
+    _reply(control, sequence, str(remains.pid), str(remains.exit_status), str(remains.exited_at_ns), remains.reason)
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _reply(control: socket.socket, sequence: str, *words: str) -> None:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone; its successor finds the shim
+        control.send(join(sequence, "", *words))
+
+
+def _refuse(control: socket.socket, sequence: str, error: Exception) -> None:
+    code = error.code if isinstance(error, WherryError) else Code.UNKNOWN
+    text = error.message if isinstance(error, WherryError) else f"{type(error).__name__}: {error}"
+    log("error", text)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        control.send(join(sequence, str(int(code)), text))
