@@ -31,7 +31,7 @@ def test_the_paths_are_absolute_and_those_of_this_environment() -> None:
 def test_a_script_beside_the_interpreter_is_what_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "wherryd"
     script.touch(mode=0o755)
-    monkeypatch.setattr(installer.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert exec_start(units()["wherryd.service"]) == f"ExecStart={script}"
 
 

@@ -167,8 +167,10 @@ def _users(root: Path) -> None:
     (root / "etc/machine-id").write_text("5f0d3c9e8a6b4f1e9d2c7b8a90e1f234\n")
     (root / "etc/hostname").write_text("wherry-vm\n")
     (root / "etc/fstab").touch()
-    (root / "usr/bin/python3").exists() or (root / "usr/bin/python3").symlink_to(f"python{PYTHON}")
-    (root / "usr/bin/sh").exists() or (root / "usr/bin/sh").symlink_to("bash")
+    # links that come from scripts of packages or from the alternatives
+    for link, target in (("python3", f"python{PYTHON}"), ("sh", "bash")):
+        if not (root / "usr/bin" / link).exists():
+            (root / "usr/bin" / link).symlink_to(target)
     for command in (["systemd-sysusers"], ["ldconfig"]):
         _run("chroot", root, *command)
 
