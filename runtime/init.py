@@ -36,7 +36,7 @@ from wherry.linux import namespaces, process
 from wherry.linux import syscalls as sc
 from wherry.runtime import hooks, identity, kernel
 from wherry.runtime.errors import ContainerError
-from wherry.runtime.plan import Plan, close_others, take_streams
+from wherry.runtime.plan import Plan, close_others, reopen_null, take_streams
 from wherry.runtime.root import Root
 from wherry.runtime.rootfs import Rootfs
 
@@ -173,6 +173,8 @@ def build(plan: Plan, channel: Channel) -> None:
     if has_mounts:
         rootfs.restrict()
     rootfs.enter(no_pivot=plan.no_pivot, has_mount_namespace=has_mounts)
+    if has_mounts:
+        reopen_null()
     kernel.write_label(label, plan.process)
     kernel.set_personality(linux)
 

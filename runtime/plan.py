@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from wherry.linux import syscalls as sc
 from wherry.linux.namespaces import FLAGS, open_namespace
@@ -99,3 +100,17 @@ def take_streams(stdio: tuple[int, int, int] | None) -> None:
     for number, fd in enumerate(safe):
         os.dup2(fd, number)
         os.close(fd)
+
+
+def reopen_null() -> None:
+    """Streams that are the host's null device become the container's own, so that nothing of the host's /dev is open in
+    it (runc's reOpenDevNull). Called in the container's root; one without a null device keeps what it has."""
+    for fd in (0, 1, 2):
+        try:
+            known = os.fstat(fd)
+            if stat.S_ISCHR(known.st_mode) and known.st_rdev == os.makedev(1, 3):
+                null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                os.dup2(null, fd)
+                os.close(null)
+        except OSError:
+            continue
