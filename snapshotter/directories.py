@@ -10,7 +10,9 @@ stands in `snapshots/` under a number without a record is garbage, and `cleanup(
 
 from __future__ import annotations
 
+import array
 import errno
+import fcntl
 import logging
 import os
 import queue
@@ -25,6 +27,11 @@ from wherry.snapshotter.metadata import Metadata, Record
 from wherry.snapshotter.usage import disk_usage
 
 log = logging.getLogger("wherry.snapshotter")
+
+# <linux/fs.h>, for processors with the common encoding of ioctl numbers
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_TOPDIR_FL = 0x00020000
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -42,6 +49,7 @@ class DirectorySnapshotter:
         self._directory = os.path.join(root, "snapshots")
         os.makedirs(root, mode=0o700, exist_ok=True)
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        _spread(self._directory)
         self._metadata = Metadata(os.path.join(root, "metadata.db"))
         self._janitor = None if async_remove else _Janitor(self._metadata)
 
@@ -214,6 +222,24 @@ class _Janitor:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
+
+
+def _spread(directory: str) -> None:
+    """Have ext4 put each snapshot's inodes in another part of the disk (`chattr +T`, ext4(5): top of a hierarchy).
+
+    Without it all snapshots are in the group of their parent, where ext4 looks for free inodes one by one past all that
+    were deleted in the last minutes: unpacking an image right after another was removed took ten times as long.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flags = array.array("L", [0])
+        fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+        flags[0] |= FS_TOPDIR_FL
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags)
+    except OSError as error:
+        log.debug("no hint for the placing of snapshots below %s: %s", directory, error)  # another file system
+    finally:
+        os.close(fd)
 
 
 def delete_tree(directory: str) -> None:
