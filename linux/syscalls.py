@@ -9,6 +9,7 @@ the runtime's command line pays for each import (`python -X importtime`). For th
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 # mount(2), from <linux/mount.h>
@@ -463,7 +464,7 @@ def fork(flags: int = 0, cgroup: int = -1) -> int:
 _NR_PIDFD_SEND_SIGNAL = 424
 _LAST_SIGNAL = 64
 _SIG_SETMASK = 2
-_LOCK_EX = 2
+_LOCK_EX, _LOCK_NB = 2, 4
 
 
 def pidfd_send_signal(fd: int, number: int) -> None:
@@ -481,7 +482,10 @@ def reset_signals() -> None:
     libc.sigprocmask(_int(_SIG_SETMASK), empty, _ptr(None))
 
 
-def flock(fd: int) -> None:
-    """flock(2), exclusive, waiting."""
-    if libc.flock(_int(fd), _int(_LOCK_EX)) != 0:
+def flock(fd: int) -> bool:
+    """flock(2), exclusive, without waiting: whether the lock was free."""
+    if libc.flock(_int(fd), _int(_LOCK_EX | _LOCK_NB)) == 0:
+        return True
+    if ctypes.get_errno() != errno.EWOULDBLOCK:
         _raise("flock")
+    return False

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from wherry.core.errors import WherryError
@@ -34,6 +35,7 @@ def create(request: CreateRequest, meanwhile: Callable[[], None] | None = None) 
     rootfs = _rootfs(bundle, config)
     made = state.State(request.root, request.id)
     made.make()
+    lock = state.Lock(made)
     plan = Plan(made, config, config["process"])
     plan.no_pivot = request.no_pivot
     plan.no_new_keyring = request.no_new_keyring
@@ -71,6 +73,7 @@ def create(request: CreateRequest, meanwhile: Callable[[], None] | None = None) 
             raise ContainerError(make.FAILED_START + _text(error)) from error
         raise
     finally:
+        lock.close()
         _close(plan, request.console_fd)
 
 
@@ -235,7 +238,16 @@ def exec_process(request: ExecRequest) -> int:
             if request.pid_file:
                 make.write_pid_file(request.pid_file, pid)
 
-        pid, channel = make.spawn(plan, execute.run)
+        try:
+            pid, channel = make.spawn(plan, execute.run)
+        except OSError as error:
+            if error.errno != errno.EBUSY or plan.cgroup_fd < 0:
+                raise
+            # The container has made cgroups of its own below, so that this one may hold no process: init's it is.
+            plan.close()
+            plan.cgroup_fd = execute.open_cgroup_of(found.pid)
+            plan.joined = execute.open_namespaces(found)
+            pid, channel = make.spawn(plan, execute.run)
         return make.converse(plan, pid, channel, recorded)
     except (OSError, WherryError, ValueError) as error:
         raise ContainerError(make.FAILED_START + _text(error), exit_code=255) from error

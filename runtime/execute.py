@@ -43,6 +43,19 @@ def open_namespaces(state: State) -> dict[str, int]:
     return fds
 
 
+def open_cgroup_of(pid: int) -> int:
+    """The v2 cgroup that a process is in now, as a descriptor for clone3."""
+    from wherry.linux import cgroups
+
+    hierarchy = cgroups.host().v2
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
+        path = next((line[3:].rstrip("\n") for line in file if line.startswith("0::")), "")
+    if hierarchy is None or not path:
+        raise ContainerError("the container's cgroup can't be found")
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    return os.open(hierarchy.mountpoint + path, flags)
+
+
 def run(plan: Plan, channel: Channel) -> NoReturn:
     """The child's life; never returns. `error` is followed by exec's end, success by execve closing the channel."""
     try:

@@ -156,7 +156,11 @@ def delete(root: str, container_id: str, *, force: bool = False) -> None:
         if force and error.kind == NOT_FOUND:
             return
         raise
+    status = found.status()
+    if force and found.pid and status != state.STOPPED:
+        _end(found)  # before the lock: a `start` may hold it that waits for a hook in the container
     with state.Lock(found):
+        found = state.load(root, container_id)  # a `create` that held the lock has written more by now
         status = found.status()
         if status not in (state.STOPPED, state.CREATED) and not force:
             text = f"cannot delete container {container_id} that is not stopped: {status}"
@@ -168,15 +172,14 @@ def delete(root: str, container_id: str, *, force: bool = False) -> None:
 
 def _end(found: state.State) -> None:
     """SIGKILL for all of it, and wait until init is gone (a zombie is gone)."""
-    pid = found.pid or found.creator
     try:
-        fd = os.pidfd_open(pid)
+        fd = os.pidfd_open(found.pid)
     except ProcessLookupError:
         return
     try:
         if found.cgroup_paths:
             _try_to_kill_all(found)
-        if found.alive() or not found.pid:
+        if found.alive():
             sc.pidfd_send_signal(fd, _SIGKILL)
         if not select.select([fd], [], [], _KILL_PATIENCE)[0]:
             raise ContainerError("container init still running")
@@ -203,7 +206,7 @@ def destroy(found: state.State) -> None:
     if found.cgroup_paths:
         try:
             cgroup = _cgroup(found)
-            if not _has_own_pids(found):
+            if not _has_own_pids(found):  # or not known: then nobody took init away with its namespace
                 cgroup.kill()
             cgroup.delete()
         except (OSError, WherryError) as error:

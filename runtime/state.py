@@ -33,6 +33,7 @@ FIFO = "exec.fifo"
 FAILURE = "start.error"
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 _ID_LIMIT = 1024  # runc's
+_LOCK_PATIENCE, _LOCK_STEP = 10.0, 0.005  # seconds
 
 
 def check_id(container_id: str) -> None:
@@ -222,21 +223,30 @@ def now() -> str:
 class Lock:
     """flock(2) on the state's folder for the time of a command: two commands on a container wait for each other.
 
-    The lock belongs to the open file: a forked child that inherits it must close it (it is close-on-exec).
+    The lock belongs to the open file: a forked child that inherits it must close it (it is close-on-exec, and a process
+    that becomes a container closes all it doesn't need, `plan.close_others`). ContainerError after `_LOCK_PATIENCE`.
     """
 
     def __init__(self, state: State) -> None:
         self.fd = os.open(state.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        sc.flock(self.fd)
+        waited = 0.0
+        while not sc.flock(self.fd):
+            import time
+
+            if waited >= _LOCK_PATIENCE:
+                self.close()
+                raise ContainerError(f"container {state.id} is busy: another command works on it")
+            time.sleep(_LOCK_STEP)
+            waited += _LOCK_STEP
+
+    def close(self) -> None:
+        """Give the lock up; may be called twice."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Let others have it; may be called twice."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1

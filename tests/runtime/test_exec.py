@@ -48,23 +48,22 @@ def test_exec_takes_user_cwd_and_environment(running: tuple[Runtime, str]) -> No
 def test_exec_by_process_file(running: tuple[Runtime, str], bundle: Bundle) -> None:
     runtime, name = running
     process = {
-        "args": ["sh", "-c", "grep CapEff /proc/self/status; grep NoNewPrivs /proc/self/status; ulimit -n"],
+        "args": [
+            "sh",
+            "-c",
+            "grep CapEff /proc/self/status; grep NoNewPrivs /proc/self/status; grep processes /proc/self/limits",
+        ],
         "cwd": "/",
         "env": ["PATH=/bin"],
         "user": {"uid": 0, "gid": 0},
         "capabilities": {key: ["CAP_CHOWN"] for key in ("bounding", "effective", "permitted")},
         "noNewPrivileges": True,
-        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 78}],
+        "rlimits": [{"type": "RLIMIT_NPROC", "soft": 77, "hard": 78}],
     }
     path = bundle.path / "process.json"
     path.write_text(json.dumps(process))
-    assert runtime.ok("exec", "--process", str(path), name).split() == [
-        "CapEff:",
-        "0000000000000001",
-        "NoNewPrivs:",
-        "1",
-        "77",
-    ]
+    words = runtime.ok("exec", "--process", str(path), name).split()
+    assert words == ["CapEff:", "0000000000000001", "NoNewPrivs:", "1", "Max", "processes", "77", "78", "processes"]
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,41 @@ def test_start_by_another_process_and_a_kill_in_between(ours: Runtime, bundle: B
     assert ours.state(name)["status"] == "created"
     ours.ok("start", name)
     assert ours.state(name)["status"] == "running"
+
+
+def test_a_force_delete_ends_a_start_that_waits_for_a_hook(ours: Runtime, own_bundle: Bundle) -> None:
+    def change(spec: Spec) -> None:
+        spec["root"]["readonly"] = False
+        script = "touch /tmp/reached; sleep 60"
+        spec["hooks"] = {"startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"]}]}
+
+    name = ours.new_id()
+    ours.detached("create", "--bundle", str(own_bundle.write(change, args=["true"])), name)
+    starting = subprocess.Popen([*ours.words, "start", name], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 10
+    while not os.path.exists(f"{own_bundle.rootfs}/tmp/reached"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ours.ok("delete", "--force", name)
+    starting.wait(10)
+    assert cgroups_of(name) == []
+
+
+def test_a_delete_waits_for_a_create(ours: Runtime, bundle: Bundle) -> None:
+    """Both at once: whatever comes first, in the end there is nothing, and no process that nobody knows of."""
+
+    def change(spec: Spec) -> None:
+        spec["hooks"] = {"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "0.3"]}]}
+
+    name = ours.new_id()
+    words = [*ours.words, "create", "--bundle", str(bundle.write(change, args=["sleep", "100"])), name]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as it:
+        deadline = time.monotonic() + 10
+        while not (ours.root / name / "state.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert ours.state(name)["status"] == "creating"
+        ours.ok("delete", "--force", name)
+        it.wait(10)
+    assert cgroups_of(name) == []
+    assert not (ours.root / name).exists()
