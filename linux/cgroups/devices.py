@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from wherry.linux.cgroups.files import read, write
+from wherry.linux.cgroups.files import read, write, write_lines
 
 TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
 if TYPE_CHECKING:
@@ -110,16 +110,14 @@ def write_v1(directory: str, rules: list[Rule], fresh: bool) -> None:
     lines = [f"{kind} {major}:{minor} {access}" for (kind, major, minor), access in exceptions.items()]
     if everything:
         write(allow, "a")
-        for line in lines:
-            write(deny, line)
+        write_lines(deny, lines)
         return
     current = [] if fresh else read(os.path.join(directory, "devices.list")).splitlines()
     if fresh or any(line.startswith("a ") for line in current):
         # the kernel knows no step from "all" to a list without denying all for an instant
         write(deny, "a")
         current = []
-    for line in lines:
-        write(allow, line)
+    write_lines(allow, lines)
     for line in current:
         kind, numbers, access = line.split(" ")
         major, _, minor = numbers.partition(":")

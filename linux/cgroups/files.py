@@ -49,6 +49,22 @@ def write(path: str, value: str) -> None:
         os.close(fd)
 
 
+def write_lines(path: str, lines: list[str]) -> None:
+    """Write each line in a call of its own to a file that takes one entry a call."""
+    if not lines:
+        return
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    line = ""
+    try:
+        for line in lines:
+            os.pwrite(fd, line.encode(), 0)
+    except OSError as error:
+        msg = f"write {line!r}: {error.strerror}"
+        raise OSError(error.errno, msg, path) from None
+    finally:
+        os.close(fd)
+
+
 def try_write(path: str, value: str) -> bool:
     """Write a value; False where the kernel refuses or has no such file."""
     try:

@@ -52,12 +52,17 @@ class Hierarchy:
 
 
 class Layout:
-    """`v1`: controller (or name=NAME) → hierarchy. `v2`: the unified tree, on hybrid hosts one without controllers."""
+    """`v1`: controller (or name=NAME) → hierarchy. `v2`: the unified tree, on hybrid hosts one without controllers.
 
-    __slots__ = ("mode", "v1", "v2")
+    `user_namespace`: this process is in a user namespace of its own, where no devices can be opened that weren't, and
+    device rules can't be set (they are left out, as runc does).
+    """
+
+    __slots__ = ("mode", "user_namespace", "v1", "v2")
 
     def __init__(self, mode: str, v1: dict[str, Hierarchy], v2: Hierarchy | None) -> None:
         self.mode = mode
+        self.user_namespace = _in_user_namespace()
         self.v1 = v1
         self.v2 = v2
 
@@ -125,6 +130,15 @@ def inner_path(cgroups_path: str, container_id: str) -> str:
         msg = f"invalid cgroup path {cgroups_path!r}: it must name a cgroup below the hierarchy's root"
         raise ValueError(msg)
     return path
+
+
+def _in_user_namespace() -> bool:
+    """The first namespace maps all ids to themselves (user_namespaces(7))."""
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            return file.read().split() != [b"0", b"0", b"4294967295"]
+    except FileNotFoundError:
+        return False  # a kernel without user namespaces
 
 
 def _unescape(field: str) -> str:

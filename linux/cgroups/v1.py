@@ -10,7 +10,7 @@ import time
 from wherry.linux.cgroups import devices, resources_v1, stats_v1
 from wherry.linux.cgroups.files import key_values, list_pids, read, read_or_empty, signal_all, try_write, write
 from wherry.linux.cgroups.interface import Cgroup, OomWatch, Stats
-from wherry.linux.cgroups.layout import V1_CONTROLLERS, Layout, inner_path, own_cgroups
+from wherry.linux.cgroups.layout import V1_CONTROLLERS, Layout, host, inner_path, own_cgroups
 from wherry.linux.cgroups.oom import EventfdWatch
 from wherry.linux.cgroups.remove import remove_tree
 
@@ -67,7 +67,7 @@ class CgroupV1(Cgroup):
         resources_v1.apply(self.paths, resources)
         rules = resources.get("devices")
         directory = self.paths.get("devices")
-        if rules is not None and directory is not None:
+        if rules is not None and directory is not None and not host().user_namespace:
             devices.write_v1(directory, devices.effective_rules(rules), fresh=directory in self._created)
             self._created.discard(directory)
 

@@ -20,7 +20,7 @@ from wherry.linux.cgroups.files import (
     write,
 )
 from wherry.linux.cgroups.interface import Cgroup, OomWatch, Stats
-from wherry.linux.cgroups.layout import Layout, inner_path, own_cgroups
+from wherry.linux.cgroups.layout import Layout, host, inner_path, own_cgroups
 from wherry.linux.cgroups.oom import EventsWatch
 from wherry.linux.cgroups.remove import remove_tree
 
@@ -90,7 +90,8 @@ class CgroupV2(Cgroup):
         inner = posixpath.relpath(self._directory, self._root).split("/")
         for depth in range(len(inner)):
             target = posixpath.join(self._root, *inner[:depth], "cgroup.subtree_control")
-            missing = [name for name in controllers if name not in read(target).split()]
+            enabled = read(target).split()
+            missing = [name for name in controllers if name not in enabled]
             if not missing:
                 continue
             try:
@@ -106,7 +107,7 @@ class CgroupV2(Cgroup):
             self._explain(error)
             raise
         rules = resources.get("devices")
-        if rules is not None:
+        if rules is not None and not host().user_namespace:
             device_filter.attach(self._directory, devices.effective_rules(rules), fresh=self._fresh)
             self._fresh = False
 
