@@ -451,6 +451,9 @@ class _Call:
         if self._stream not in self._connection.calls:
             return  # nobody listens any more
         if error is None:
+            if not self._headers_sent:  # a stream without any message still answers with headers
+                self._http.headers(self._stream, _OK_HEADERS, end=False)
+                self._headers_sent = True
             self._trailers = _OK_TRAILERS
         else:
             self._outbox.clear()
