@@ -20,7 +20,7 @@ REF = "containerd.io/gc.ref.content"
 
 async def blob(all_: Stores, text: str, labels: dict[str, str] | None = None, **options: str) -> str:
     namespace = options.pop("namespace", NS)
-    return (await all_.content.put(namespace, f"ref {text}", text.encode(), labels=labels, **options)).digest  # type: ignore[arg-type]
+    return (await all_.content.put(namespace, f"ref {text}", text.encode(), labels=labels, **options)).digest
 
 
 async def left(all_: Stores, namespace: str = NS) -> set[str]:

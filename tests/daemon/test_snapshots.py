@@ -262,7 +262,7 @@ async def test_a_snapshotter_that_has_the_layer_itself(tmp_path: Path) -> None:
             raise AlreadyExists("fetched: already exists")
 
     async with stores(tmp_path) as all_:
-        all_.snapshots._snapshotters["native"] = Remote(all_.snapshots._snapshotters["native"])  # type: ignore[assignment]
+        all_.snapshots._snapshotters["native"] = Remote(all_.snapshots._snapshotters["native"])
         with pytest.raises(AlreadyExists):
             await all_.snapshots.prepare(NS, "native", "k", labels={"containerd.io/snapshot.ref": "sha256:chain"})
         stat = await all_.snapshots.stat(NS, "native", "sha256:chain")
