@@ -98,7 +98,9 @@ class Snapshotter(Protocol):
         """Make a snapshot that can only be read and return its mounts; errors as `prepare`."""
 
     def commit(self, name: str, key: str, labels: Mapping[str, str] | None = None, parent: str = "") -> None:
-        """Turn the active snapshot `key` into the committed snapshot `name`; on return it is on disk.
+        """Turn the active snapshot `key` into the committed snapshot `name`; on return its record is on disk.
+
+        Its files are there once the kernel has written them, unless the applier was told `sync_fs`, as in containerd.
 
         `labels` replace those of the key. `parent`, where given, must be the parent that the key has, or become it:
         a key that was prepared without a parent (so that layers unpack side by side) is set on that parent now.

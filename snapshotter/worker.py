@@ -102,10 +102,11 @@ class Worker:
         return True
 
     def _start(self, message: dict[str, Any], file: int, result: int) -> None:
+        parent = os.getpid()
         pid = os.fork()
         if pid == 0:
             self._control.close()
-            _run_child(message, file, result)
+            _run_child(message, file, result, parent)
         os.close(file)
         self._children[pid] = (message["id"], result)
 
@@ -125,13 +126,15 @@ class Worker:
             os.close(result)
 
 
-def _run_child(message: dict[str, Any], file: int, result: int) -> NoReturn:
+def _run_child(message: dict[str, Any], file: int, result: int, parent: int) -> NoReturn:
     """Do one job and exit. Every outcome is told through the pipe; the exit code is 0 when it was."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # it died before that was set
         gc.disable()  # the work makes no cycles, and looking for them costs time
         os.umask(0)
         seal()
