@@ -154,7 +154,7 @@ def test_imports_are_merged_over_the_file(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_error_and_the_missing_default_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(NotFound, match="nope.toml: not found"):
+    with pytest.raises(NotFound, match=r"nope\.toml: not found"):
         config.load(str(tmp_path / "nope.toml"))
     monkeypatch.setattr(config, "DEFAULT_PATH", str(tmp_path / "default.toml"))
     assert config.load(None) == config.Config()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pty
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -104,11 +105,7 @@ def test_a_missing_working_directory(daemon: Wherryd, runtime: list[str]) -> Non
 
 
 def test_a_terminal(daemon: Wherryd) -> None:
-    import pty
-
     master, slave = pty.openpty()
-    import subprocess
-
     command = [need("ctr"), "-a", daemon.address, "run", "--rm", "-t", BUSYBOX, "tty", "sh", "-c", "tty; stty size"]
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as process:
         os.close(slave)
@@ -202,8 +199,9 @@ version = 2
         done = own.ctr("run", "--rm", "--runtime", "io.containerd.special.v1", BUSYBOX, "one", "echo", "special")
         assert done.stdout == "special\n"
         own.ctr("run", "-d", BUSYBOX, "two", "sleep", "1000")
-        options = json.loads((own.state / "tasks" / "default" / "two" / "launch.json").read_text())
-        assert options == {"runtime": "io.containerd.runc.v2", "binary": ""}
+        bundle = own.state / "tasks" / "default" / "two"
+        assert not (bundle / "launch.json").exists()
+        assert need("runc") in (bundle / "runtime.json").read_text()
         done = own.ctr("run", "--runtime", "io.containerd.broken.v1", BUSYBOX, "three", "true", check=False)
         assert (
             'runtimes."io.containerd.broken.v1" in the configuration: binary "containerd-shim-nowhere"' in done.stderr
