@@ -22,7 +22,7 @@ def layers(layout: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     """The blobs of an OCI layout's one image with their media types, and its diff IDs."""
 
     def blob(descriptor: dict[str, Any]) -> Path:
-        return layout / "blobs" / descriptor["digest"].replace(":", "/")
+        return layout / "blobs" / str(descriptor["digest"]).replace(":", "/")
 
     (entry,) = json.loads((layout / "index.json").read_text())["manifests"]
     manifest = json.loads(blob(entry).read_text())
