@@ -50,7 +50,14 @@ def runtime_settings(shim: Shim, bundle: str, options: runc_options_pb2.Options)
     root = shim.runtime_root if not binary else f"{EXTERNAL_ROOT}/{shim.namespace}"
     if options.root:
         root = os.path.join(options.root, shim.namespace)
-    return RuntimeSettings(root, bundle, binary, options.systemd_cgroup, options.no_pivot_root, options.no_new_keyring)
+    return RuntimeSettings(
+        root,
+        bundle,
+        binary,
+        systemd_cgroup=options.systemd_cgroup,
+        no_pivot=options.no_pivot_root,
+        no_new_keyring=options.no_new_keyring,
+    )
 
 
 def open_runtime(shim: Shim, settings: RuntimeSettings) -> OciRuntime:

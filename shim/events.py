@@ -47,6 +47,7 @@ FIRST_RETRY, LAST_RETRY = 0.05, 2.0
 CONFIRM: Final = 5.0
 # refused, and the same the next time
 _HOPELESS: Final = frozenset({Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.PERMISSION_DENIED})
+_STREAM: Final = int(socket.SOCK_STREAM) | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _NAMESPACE: Final = "containerd-namespace-ttrpc"
 _SERVICE: Final = "containerd.services.events.ttrpc.v1.Events"
 
@@ -63,7 +64,7 @@ class Publisher:
         self._grpc_address = ""
         self.queue: deque[tuple[str, bytes]] = deque()
         """Topics and serialized envelopes that wait, the first one perhaps on its way."""
-        self._socket: socket.socket | None = None
+        self._socket = -1
         self._protocol = ClientConnection()
         self._out = b""
         self._sent_at: int = 0
@@ -129,37 +130,37 @@ class Publisher:
         if not self._path:
             self._run_binary()
             return
-        if self._socket is None and not self._connect():
+        if self._socket < 0 and not self._connect():
             self._again()
             return
         if not self._sent_at:
             self._send()
 
     def _connect(self) -> bool:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        # the C type: the class around it is of no use for a connection that is a descriptor from here on
+        sock = socket.SocketType(socket.AF_UNIX, _STREAM)
         try:
             # a unix socket connects at once, or says EAGAIN when the backlog is full
             if len(os.fsencode(self._path)) <= MAX_PATH:
-                self._socket.connect(self._path)
+                sock.connect(self._path)
             else:
                 folder, name = os.path.split(self._path)
                 fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
-                    self._socket.connect(f"/proc/self/fd/{fd}/{name}")
+                    sock.connect(f"/proc/self/fd/{fd}/{name}")
                 finally:
                     os.close(fd)
         except OSError:
-            self._socket.close()
-            self._socket = None
+            sock.close()
             return False
-        self.connected(self._socket)
+        self.connected(sock.detach())
         return True
 
-    def connected(self, sock: socket.socket) -> None:
-        """Send over this connection, which is non-blocking."""
-        self._socket = sock
+    def connected(self, fd: int) -> None:
+        """Send over this connection, a non-blocking socket's descriptor that is the publisher's from now on."""
+        self._socket = fd
         self._protocol = ClientConnection()
-        self._loop.on_read(sock.fileno(), self._readable)
+        self._loop.on_read(fd, self._readable)
 
     def _send(self) -> None:
         request = events_ttrpc_pb2.ForwardRequest()
@@ -175,23 +176,23 @@ class Publisher:
         self._writable()
 
     def _writable(self) -> None:
-        if self._socket is None:
+        if self._socket < 0:
             return
         try:
-            sent = self._socket.send(self._out)
+            sent = os.write(self._socket, self._out)
         except BlockingIOError:
             sent = 0
         except OSError:
             self._lost()
             return
         self._out = self._out[sent:]
-        self._loop.on_write(self._socket.fileno(), self._writable if self._out else None)
+        self._loop.on_write(self._socket, self._writable if self._out else None)
 
     def _readable(self) -> None:
-        if self._socket is None:
+        if self._socket < 0:
             return
         try:
-            data = self._socket.recv(65536)
+            data = os.read(self._socket, 65536)
             answers = self._protocol.receive(data) if data else None
         except BlockingIOError:
             return
@@ -224,10 +225,10 @@ class Publisher:
             self._timer = None
         self._sent_at = 0
         self._out = b""
-        if self._socket is not None:
-            self._loop.forget(self._socket.fileno())
-            self._socket.close()
-            self._socket = None
+        if self._socket >= 0:
+            self._loop.forget(self._socket)
+            os.close(self._socket)
+            self._socket = -1
         if self.queue:
             self._again()
 

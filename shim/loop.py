@@ -297,6 +297,12 @@ class Exit:
         self.at_ns = at_ns
 
 
+# the C function below signal.signal, without its turning of numbers into enums and back
+set_signal: Callable[[int, Callable[[int, object], None]], object] = getattr(
+    signal.signal, "__wrapped__", signal.signal
+)
+
+
 def ignore(number: int, frame: object) -> None:
     """A signal's handler that does nothing; unlike SIG_IGN, execve doesn't hand it on."""
 
@@ -320,7 +326,7 @@ class Children:
     def open(self) -> None:
         """Listen for the signal; once, in the process whose children they are."""
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.signal(signal.SIGCHLD, ignore)  # the wakeup descriptor needs a Python handler
+        set_signal(signal.SIGCHLD, ignore)  # the wakeup descriptor needs a Python handler
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         self._loop.on_read(self._wake_read, self._woken)
 

@@ -31,6 +31,7 @@ from wherry.proto.ttrpc import sockets
 from wherry.runtime import container as bundled
 from wherry.shim.cleanup import clean_up
 from wherry.shim.log import log, log_exception, take_over
+from wherry.shim.pools import fill_holes
 from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals, raise_oom_score
 from wherry.shim.warming import walk
 from wherry.shim.words import ShimWords, join, split
@@ -59,6 +60,7 @@ def preload() -> Life:
     walk(_own_streams)
     life = Life()
     gc.collect()
+    fill_holes()
     # nothing collected later looks at them, so their pages stay shared
     gc.freeze()
     return life

@@ -6,14 +6,13 @@ Both raise `wherry.core.errors`, with texts that begin as containerd's do (`OCI 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import marshal
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -169,7 +168,7 @@ class Bundled:
         if self._hooks:
             await self._forked(failed, bundled.start, self._settings.root, container)
             return
-        with told_as(failed):
+        try:
             starting = bundled.starting(self._settings.root, container)
             try:
                 executed = self._loop.future()
@@ -180,6 +179,8 @@ class Bundled:
             finally:
                 self._loop.forget(starting.fd)
                 starting.close()
+        except (ContainerError, OSError) as error:
+            raise told_as(failed, error) from error
 
     async def exec(self, container: str, exec_id: str, process: dict[str, Any], io: ProcessIO) -> int:
         settings = self._settings
@@ -208,8 +209,10 @@ class Bundled:
             if self._hooks or force:
                 await self._forked(failed, bundled.delete, self._settings.root, container, force=force)
             else:
-                with told_as(failed):
+                try:
                     bundled.delete(self._settings.root, container)
+                except (ContainerError, OSError) as error:
+                    raise told_as(failed, error) from error
         except errors.WherryError as error:
             if not isinstance(error, errors.NotFound) and "does not exist" not in error.message:
                 raise
@@ -237,8 +240,10 @@ class Bundled:
         raise errors.Unimplemented("the bundled runtime can't restore: use runc or crun with criu: not implemented")
 
     async def _forked(self, failed: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-        with told_as(failed):
+        try:
             return await in_child(self._loop, self._children, function, *args, **kwargs)
+        except (ContainerError, OSError) as error:
+            raise told_as(failed, error) from error
 
 
 def read_spec(bundle: str) -> dict[str, Any]:
@@ -280,15 +285,11 @@ def unmount_rootfs(bundle: str) -> None:
         log("error", f"failed to cleanup rootfs mount: {error}", bundle=bundle)
 
 
-@contextlib.contextmanager
-def told_as(failed: str) -> Iterator[None]:
-    """Turn the runtime's errors into those of the task API, with what failed before them."""
-    try:
-        yield
-    except ContainerError as error:
-        raise _KINDS.get(error.kind, errors.WherryError)(f"{failed}: {error.message}") from error
-    except OSError as error:
-        raise errors.WherryError(f"{failed}: {error}") from error
+def told_as(failed: str, error: ContainerError | OSError) -> errors.WherryError:
+    """The runtime's error as one of the task API, with what failed before it."""
+    if isinstance(error, ContainerError):
+        return _KINDS.get(error.kind, errors.WherryError)(f"{failed}: {error.message}")
+    return errors.WherryError(f"{failed}: {error}")
 
 
 async def in_child(

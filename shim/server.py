@@ -6,6 +6,7 @@ off once too much waits for it. A call with a deadline is answered at that time 
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
@@ -55,14 +56,15 @@ class Server:
         if self._listener is None:
             return
         try:
-            peer, _ = self._listener.accept()
+            # without the object that socket.accept makes around it
+            peer, _ = self._listener._accept()  # type: ignore[attr-defined]
         except OSError:  # it went away again, or no descriptor is left; the backlog keeps it
             return
-        peer.setblocking(False)
+        os.set_blocking(peer, False)
         self.adopt(peer)
 
-    def adopt(self, peer: socket.socket) -> None:
-        """Serve a connected, non-blocking socket."""
+    def adopt(self, peer: int) -> None:
+        """Serve a connected, non-blocking socket, given as a descriptor that is the server's from now on."""
         self._connections.add(_Connection(self._loop, self._services, peer, self._connections.discard))
         self._connected()
 
@@ -87,9 +89,7 @@ class Server:
 
 
 class _Connection:
-    def __init__(
-        self, loop: Loop, services: Services, peer: socket.socket, closed: Callable[[_Connection], None]
-    ) -> None:
+    def __init__(self, loop: Loop, services: Services, peer: int, closed: Callable[[_Connection], None]) -> None:
         self._loop = loop
         self._services = services
         self._peer = peer
@@ -97,7 +97,7 @@ class _Connection:
         self._protocol = ServerConnection()
         self._out = bytearray()
         self._open = True
-        loop.on_read(peer.fileno(), self._readable)
+        loop.on_read(peer, self._readable)
 
     @property
     def unsent(self) -> bool:
@@ -106,13 +106,13 @@ class _Connection:
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._loop.forget(self._peer.fileno())
-            self._peer.close()
+            self._loop.forget(self._peer)
+            os.close(self._peer)
             self._closed(self)
 
     def _readable(self) -> None:
         try:
-            data = self._peer.recv(_CHUNK)
+            data = os.read(self._peer, _CHUNK)
         except BlockingIOError:
             return
         except OSError:
@@ -179,11 +179,11 @@ class _Connection:
 
     def _writable(self) -> None:
         try:
-            sent = self._peer.send(self._out)
+            sent = os.write(self._peer, self._out)
         except BlockingIOError:
             sent = 0
         except OSError:
             self.close()
             return
         del self._out[:sent]
-        self._loop.on_write(self._peer.fileno(), self._writable if self._out else None)
+        self._loop.on_write(self._peer, self._writable if self._out else None)

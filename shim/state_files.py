@@ -10,25 +10,37 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from wherry.shim.loop import Exit
 
 
-@dataclass(frozen=True, slots=True)
 class RuntimeSettings:
-    """How a runtime is used for one container.
+    """How a runtime is used for one container; a value.
 
-    `root` is the folder of its states, with the namespace; `binary` "" is the bundled one.
+    `root` is the folder of its states, with the namespace; `binary` "" is the bundled one. (No dataclass, as elsewhere
+    in what every shim runs: a frozen one's `__init__` touches three objects for each field, and what is touched isn't
+    shared any more.)
     """
 
-    root: str
-    bundle: str
-    binary: str = ""
-    systemd_cgroup: bool = False
-    no_pivot: bool = False
-    no_new_keyring: bool = False
+    __slots__ = ("binary", "bundle", "no_new_keyring", "no_pivot", "root", "systemd_cgroup")
+
+    def __init__(
+        self,
+        root: str,
+        bundle: str,
+        binary: str = "",
+        *,
+        systemd_cgroup: bool = False,
+        no_pivot: bool = False,
+        no_new_keyring: bool = False,
+    ) -> None:
+        self.root = root
+        self.bundle = bundle
+        self.binary = binary
+        self.systemd_cgroup = systemd_cgroup
+        self.no_pivot = no_pivot
+        self.no_new_keyring = no_new_keyring
 
 
 def write_file(path: str, data: bytes, mode: int = 0o600) -> None:
@@ -71,7 +83,10 @@ def read_exit(bundle: str, exec_id: str = "") -> tuple[Exit, str] | None:
 
 def write_settings(settings: RuntimeSettings) -> None:
     """Keep which runtime the container was made with."""
-    write_file(f"{settings.bundle}/runtime.json", json.dumps(asdict(settings)).encode())
+    write_file(
+        f"{settings.bundle}/runtime.json",
+        json.dumps({name: getattr(settings, name) for name in settings.__slots__}).encode(),
+    )
 
 
 def read_settings(bundle: str) -> RuntimeSettings | None:

@@ -21,7 +21,6 @@ import socket
 import stat
 import struct
 import termios
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from wherry.core import errors
@@ -39,24 +38,28 @@ LOGGER_PATIENCE, LOGGER_GRACE = 2.0, 12.0
 LOGGER_READY: Final = 30.0
 
 
-@dataclass(frozen=True, slots=True)
 class Stdio:
-    """The streams as the client named them, "" for none. With `terminal` stderr isn't used."""
+    """The streams as the client named them, "" for none; a value. With `terminal` stderr isn't used."""
 
-    stdin: str = ""
-    stdout: str = ""
-    stderr: str = ""
-    terminal: bool = False
+    __slots__ = ("stderr", "stdin", "stdout", "terminal")
+
+    def __init__(self, stdin: str = "", stdout: str = "", stderr: str = "", terminal: bool = False) -> None:
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self.terminal = terminal
 
 
-@dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose process it is, for its logging program; and to whom its pipes belong."""
+    """Whose process it is, for its logging program; and to whom its pipes belong. A value."""
 
-    namespace: str
-    id: str
-    uid: int = 0
-    gid: int = 0
+    __slots__ = ("gid", "id", "namespace", "uid")
+
+    def __init__(self, namespace: str, id: str, uid: int = 0, gid: int = 0) -> None:  # noqa: A002
+        self.namespace = namespace
+        self.id = id
+        self.uid = uid
+        self.gid = gid
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
@@ -80,6 +83,19 @@ def _unquote(text: str) -> str:
     return b"".join(out).decode(errors="replace")
 
 
+class _Sink:
+    """Where output goes: a descriptor, -1 for nowhere; the path where it is a FIFO. A value."""
+
+    __slots__ = ("fd", "path")
+
+    def __init__(self, fd: int = -1, path: str = "") -> None:
+        self.fd = fd
+        self.path = path
+
+
+_NOWHERE: Final = _Sink()
+
+
 class ProcessIO:
     """The streams of one process, from before its creation until it is deleted.
 
@@ -96,7 +112,7 @@ class ProcessIO:
         self._copies: list[Copy] = []
         self._outputs = 0
         self._stdin_hold = -1
-        self._sinks: tuple[_Sink, _Sink] = (_Sink(), _Sink())
+        self._sinks: tuple[_Sink, _Sink] = (_NOWHERE, _NOWHERE)
         self._logger = 0
         self.child: tuple[int, int, int] | None = None
         """Descriptors for the process's 0, 1, 2; None with a terminal."""
@@ -147,7 +163,7 @@ class ProcessIO:
 
     def _open_sink(self, path: str) -> _Sink:
         if not path:
-            return _Sink()
+            return _NOWHERE
         path = path.removeprefix("fifo://")
         if stat.S_ISFIFO(os.stat(path).st_mode):
             return _Sink(self._keep(os.open(path, os.O_RDWR | _NONBLOCK)), path)
@@ -331,14 +347,6 @@ class ProcessIO:
             with contextlib.suppress(OSError):
                 self._loop.forget(fd)
             os.close(fd)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sink:
-    """Where output goes: a descriptor, -1 for nowhere; the path where it is a FIFO."""
-
-    fd: int = -1
-    path: str = ""
 
 
 class Console:

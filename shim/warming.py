@@ -135,8 +135,8 @@ class _Daemon:
         self._listener, publisher = socket.socketpair()
         for sock in (self._caller, callee, self._listener, publisher):
             sock.setblocking(False)
-        life.server.adopt(callee)
-        life.publisher.connected(publisher)
+        life.server.adopt(callee.detach())
+        life.publisher.connected(publisher.detach())
         life.loop.on_read(self._caller.fileno(), self._answered)
         life.loop.on_read(self._listener.fileno(), self._published)
 
