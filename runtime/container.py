@@ -141,9 +141,11 @@ class ExecRequest:
 def preload() -> None:
     """Import everything that any call of this module needs, so that nothing is imported after a fork."""
     import fcntl  # noqa: F401
+    import math  # noqa: F401
     import select  # noqa: F401
 
     from wherry.linux import cgroups
+    from wherry.linux.cgroups import v1, v2  # noqa: F401
     from wherry.runtime import console, copyup, create, execute, hook_process, lifecycle, sealed, seccomp  # noqa: F401
 
     cgroups.host()

@@ -10,12 +10,12 @@
 On a hybrid host containers live in the v1 hierarchies, as with runc.
 """
 
+# ruff: noqa: PLC0415 - a host has one version; who forks loads both before (`wherry.runtime.container.preload`)
+
 from __future__ import annotations
 
 from wherry.linux.cgroups.interface import Cgroup, OomWatch, Stats
 from wherry.linux.cgroups.layout import Layout, Mode, host
-from wherry.linux.cgroups.v1 import CgroupV1
-from wherry.linux.cgroups.v2 import CgroupV2
 
 TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
 if TYPE_CHECKING:
@@ -33,13 +33,21 @@ def plan(cgroups_path: str, container_id: str) -> Cgroup:
     """
     layout = host()
     if layout.mode is Mode.V2:
+        from wherry.linux.cgroups.v2 import CgroupV2
+
         return CgroupV2.plan(layout, cgroups_path, container_id)
+    from wherry.linux.cgroups.v1 import CgroupV1
+
     return CgroupV1.plan(layout, cgroups_path, container_id)
 
 
 def restore(paths: Mapping[str, str]) -> Cgroup:
     """The cgroup with these directories (`Cgroup.paths` of the object that made it)."""
     if "" in paths:
+        from wherry.linux.cgroups.v2 import CgroupV2
+
         unified = host().v2
         return CgroupV2(paths[""], unified.mountpoint if unified is not None else "/sys/fs/cgroup")
+    from wherry.linux.cgroups.v1 import CgroupV1
+
     return CgroupV1(dict(paths))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 TYPE_CHECKING = False  # typing alone would cost as much as a container's cgroups; type checkers know the name
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +24,8 @@ def cpu_weight(shares: int) -> int:
         return 1
     if shares >= _MAX_SHARES:
         return _MAX_WEIGHT
+    import math  # noqa: PLC0415 - a shared object, and most containers have no CPU shares
+
     log = math.log2(shares)
     exponent = (log * log + 125 * log) / 612.0 - 7.0 / 34.0
     return math.ceil(math.pow(10, exponent))
