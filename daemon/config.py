@@ -275,7 +275,7 @@ class _Reader:
     def config(self, path: str, tables: dict[str, Any]) -> Config:
         """The dataclasses for the merged tables."""
         version = tables.get("version", 1)
-        if not isinstance(version, int) or not 1 <= version <= NEWEST_VERSION:
+        if not isinstance(version, int) or not 0 <= version <= NEWEST_VERSION:  # dockerd writes 0
             raise InvalidArgument(f"config file {path}: version: expected 2 or {NEWEST_VERSION}, got {version!r}")
         plugins = tables.pop("plugins", {})
         if not isinstance(plugins, dict):

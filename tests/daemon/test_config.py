@@ -39,48 +39,50 @@ def test_containerds_own_default_is_accepted_with_warnings_only(tmp_path: Path) 
 def test_what_dockerd_writes_is_accepted(tmp_path: Path) -> None:
     # the file of docker 20.10 for its child (/var/run/docker/containerd/containerd.toml)
     text = """
-disabled_plugins = ["io.containerd.grpc.v1.cri"]
-imports = []
-oom_score = 0
-plugin_dir = ""
-required_plugins = []
+version = 0
 root = "/var/lib/docker/containerd/daemon"
 state = "/var/run/docker/containerd/daemon"
 temp = ""
-version = 2
-[cgroup]
-  path = ""
-[debug]
-  address = "/var/run/docker/containerd/containerd-debug.sock"
-  format = ""
-  gid = 0
-  level = ""
-  uid = 0
+plugin_dir = ""
+disabled_plugins = ["cri"]
+oom_score = 0
 [grpc]
-  address = "/var/run/docker/containerd/containerd.sock"
-  gid = 0
-  max_recv_message_size = 16777216
-  max_send_message_size = 16777216
-  tcp_address = ""
-  tcp_tls_ca = ""
-  tcp_tls_cert = ""
-  tcp_tls_key = ""
-  uid = 0
-[metrics]
-  address = ""
-  grpc_histogram = false
-[plugins]
-[proxy_plugins]
-[stream_processors]
-[timeouts]
+address = "/var/run/docker/containerd/containerd.sock"
+tcp_address = ""
+tcp_tls_ca = ""
+tcp_tls_cert = ""
+tcp_tls_key = ""
+uid = 0
+gid = 0
+max_recv_message_size = 16777216
+max_send_message_size = 16777216
 [ttrpc]
-  address = ""
-  gid = 0
-  uid = 0
+address = ""
+uid = 0
+gid = 0
+[debug]
+address = "/var/run/docker/containerd/containerd-debug.sock"
+uid = 0
+gid = 0
+level = "info"
+format = ""
+[metrics]
+address = ""
+grpc_histogram = false
+[cgroup]
+path = ""
+[plugins]
+[plugins.linux]
+shim = "containerd-shim"
+runtime = "runc"
+runtime_root = "/var/lib/docker/runc"
+no_shim = false
+shim_debug = false
 """
     read = config.load(write(tmp_path / "c.toml", text))
-    assert read.warnings == ()
-    assert read.disabled_plugins == ("io.containerd.grpc.v1.cri",)
+    assert read.warnings == (f'{tmp_path}/c.toml: plugins."linux": no such plugin here, its settings have no effect',)
+    assert read.disabled_plugins == ("cri",)
+    assert read.grpc.address == "/var/run/docker/containerd/containerd.sock"
     assert read.ttrpc_address == "/var/run/docker/containerd/containerd.sock.ttrpc"
 
 
