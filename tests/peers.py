@@ -23,6 +23,7 @@ PACKAGES = {
     "busybox": "busybox-static",
     "hyperfine": "hyperfine",
     "qemu-system-x86_64": "qemu-system-x86",
+    "mke2fs": "e2fsprogs",
 }
 REQUIRED = os.environ.get("WHERRY_REQUIRE_PEERS") == "1"
 

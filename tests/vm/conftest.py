@@ -32,8 +32,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def machine() -> Iterator[Machine]:
     """The VM, without a daemon. Building its image needs root, booting it doesn't."""
     need("qemu-system-x86_64")
-    if os.geteuid() != 0:
-        pytest.skip("needs root to build the image")
+    need("mke2fs")
+    if os.geteuid() != 0 or os.uname().machine != "x86_64":
+        pytest.skip("needs root to build the image, and an x86-64 host for its packages")
     with Machine(build()) as machine:
         machine.check(_IMAGE)
         yield machine
