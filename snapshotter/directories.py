@@ -17,7 +17,9 @@ import logging
 import os
 import queue
 import shutil
+import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WherryError
@@ -32,6 +34,9 @@ log = logging.getLogger("wherry.snapshotter")
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_TOPDIR_FL = 0x00020000
+
+LARGE = 1000
+"""Directories with more entries are not deleted by this process."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -52,6 +57,9 @@ class DirectorySnapshotter:
         _spread(self._directory)
         self._metadata = Metadata(os.path.join(root, "metadata.db"))
         self._janitor = None if async_remove else _Janitor(self._metadata)
+        if self._janitor is not None:
+            for directory in self._garbage():
+                self._janitor.delete(directory)
 
     # what an implementation brings
 
@@ -143,12 +151,8 @@ class DirectorySnapshotter:
     def cleanup(self) -> None:
         if self._janitor is not None:
             self._janitor.wait()
-        # the folder is listed first: a directory that is being made is within a transaction, which `ids` waits for
-        names = os.listdir(self._directory)
-        known = self._metadata.ids()
-        for name in names:
-            if not (name.isdecimal() and int(name) in known):
-                self._discard(os.path.join(self._directory, name))
+        for directory in self._garbage():
+            self._discard(directory)
         self._metadata.checkpoint()
 
     def close(self) -> None:
@@ -157,6 +161,22 @@ class DirectorySnapshotter:
         self._metadata.close()
 
     # directories
+
+    def _garbage(self) -> list[str]:
+        """The directories that no snapshot has, under names that no snapshot will get."""
+        found = []
+        # in a transaction: no directory is being made meanwhile, which may take the place of one without a record
+        with self._metadata.write():
+            known = self._metadata.ids()
+            for name in os.listdir(self._directory):
+                path = f"{self._directory}/{name}"
+                if not name.isdecimal():
+                    found.append(path)
+                elif int(name) not in known:
+                    aside = f"{path}.removed-{time.time_ns()}"
+                    os.rename(path, aside)
+                    found.append(aside)
+        return found
 
     def directory(self, number: int) -> str:
         """The directory of the snapshot with that number."""
@@ -191,6 +211,7 @@ class _Janitor:
         self._metadata = metadata
         self._queue: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._closing = False
 
     def delete(self, directory: str) -> None:
         if self._thread is None:
@@ -202,6 +223,8 @@ class _Janitor:
         while (directory := self._queue.get()) is not None:
             if isinstance(directory, threading.Event):
                 directory.set()
+                continue
+            if self._closing:
                 continue
             try:
                 delete_tree(directory)
@@ -217,8 +240,9 @@ class _Janitor:
             reached.wait()
 
     def close(self) -> None:
-        """What is queued is deleted first: a daemon that stops leaves no work for the next one's start."""
+        """After the directory at work; the others are found at the next start."""
         if self._thread is not None:
+            self._closing = True
             self._queue.put(None)
             self._thread.join()
             self._thread = None
@@ -248,7 +272,8 @@ def delete_tree(directory: str) -> None:
     Raises OSError.
     """
     try:
-        shutil.rmtree(directory)
+        if not _is_large(directory) or not _removed_by_program(directory):
+            shutil.rmtree(directory)
         return
     except FileNotFoundError:
         return
@@ -260,6 +285,30 @@ def delete_tree(directory: str) -> None:
         if info.target.startswith(below):
             unmount_all(info.target)
     shutil.rmtree(directory)
+
+
+def _is_large(directory: str) -> bool:
+    pending, count = [directory], 0
+    while pending and count <= LARGE:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                count += 1
+                if count > LARGE:
+                    break
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+    return count > LARGE
+
+
+def _removed_by_program(directory: str) -> bool:
+    """Whether rm(1) could do it: the files of an image, one by one, would take the interpreter from other threads."""
+    try:
+        done = subprocess.run(
+            ["rm", "-rf", "--", directory], stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 def _explained(error: OSError, what: str) -> WherryError:
