@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from wherry.cli import startup
 from wherry.cli.run import AWAY, RETRY
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from wherry.client.api import Client
     from wherry.client.fifos import Fifos
     from wherry.client.tasks import Exit, PendingExit
-    from wherry.client.transport import BlockingPending
-    from wherry.proto.tasks_pb2 import WaitResponse
 
 # bytes copied at once: what a FIFO of ours holds
 CHUNK = 1 << 20
@@ -66,13 +64,13 @@ class Waiter:
 
     def fileno(self) -> int:
         """What becomes readable with the end; -1 while the daemon is away."""
-        return -1 if self._pending is None else self._call(self._pending).fileno()
+        return -1 if self._pending is None else self._pending.fileno()
 
     def check(self) -> Exit | None:
         """The end, None where it hasn't come. Raises what the daemon says against the wait."""
         if self._pending is None and not self._again():
             return None
-        if self._pending is None or not self._call(self._pending).ready():
+        if self._pending is None or not self._pending.ready():
             return None
         try:
             return drive(self._pending.result())
@@ -94,11 +92,6 @@ class Waiter:
             return False
         self._began = time.monotonic()
         return True
-
-    @staticmethod
-    def _call(pending: PendingExit) -> BlockingPending[WaitResponse]:
-        # the command line's transports are blocking ones, whose pending calls can be polled
-        return cast("BlockingPending[WaitResponse]", pending.pending)
 
 
 class Attachment:

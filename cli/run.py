@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from wherry.cli.session import Session
     from wherry.client.api import Client
     from wherry.client.launch import Launched
-    from wherry.client.transport import Pending
-    from wherry.proto.tasks_pb2 import CreateTaskResponse
+    from wherry.client.tasks import PendingTask
 
 # the exit codes of docker's command line, that scripts know: an error of ours, a command that can't be run, none there
 OURS, NOT_RUNNABLE, NO_COMMAND = 125, 126, 127
@@ -155,15 +154,15 @@ async def run_task(session: Session, launched: Launched, args: argparse.Namespac
             fifos.release() if detached else fifos.close()
 
 
-async def _created(client: Client, container: str, creating: Pending[CreateTaskResponse]) -> int:
+async def _created(client: Client, container: str, creating: PendingTask) -> int:
     """The new task's pid; when somebody loses patience meanwhile, the task goes as soon as it is there."""
     try:
-        return (await creating.result()).pid
+        return await creating.pid()
     except WherryError:
         raise
     except BaseException:
         with contextlib.suppress(WherryError):
-            await creating.result()
+            await creating.pid()
         await kill_task(client, container)
         raise
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from wherry.client.transport import Calls, Pending
+from wherry.client.transport import BlockingPending, Calls, Pending
 from wherry.client.values import Mount, descriptor_from, descriptor_message, seconds
 from wherry.core import typeurl
 from wherry.core.descriptor import Descriptor
@@ -74,16 +74,40 @@ class PendingExit:
     """A wait that was sent: the answer comes when the process ends."""
 
     def __init__(self, pending: Pending[pb.WaitResponse]) -> None:
-        self.pending = pending
+        self._pending = pending
+
+    def fileno(self) -> int:
+        """Over a blocking transport: what becomes readable when something came; -1 where the connection is lost."""
+        return self._blocking().fileno()
+
+    def ready(self) -> bool:
+        """Over a blocking transport: takes in what came, and says whether `result` would return (or raise) at once."""
+        return self._blocking().ready()
+
+    def _blocking(self) -> BlockingPending[pb.WaitResponse]:
+        if not hasattr(self._pending, "ready"):
+            raise TypeError("this wait was sent over asyncio: await its result")
+        return cast("BlockingPending[pb.WaitResponse]", self._pending)
 
     async def result(self) -> Exit:
         """Waits for the end."""
-        answer = await self.pending.result()
+        answer = await self._pending.result()
         return Exit(answer.exit_status, seconds(answer.exited_at))
 
     def cancel(self) -> None:
         """Stops waiting; the process doesn't notice."""
-        self.pending.cancel()
+        self._pending.cancel()
+
+
+class PendingTask:
+    """A task that is being made."""
+
+    def __init__(self, pending: Pending[pb.CreateTaskResponse]) -> None:
+        self._pending = pending
+
+    async def pid(self) -> int:
+        """Waits until it is there, and raises what came in the way."""
+        return (await self._pending.result()).pid
 
 
 class Tasks:
@@ -121,7 +145,7 @@ class Tasks:
         pending = self.creating(
             container, mounts, stdio, options=options, checkpoint=checkpoint, runtime_path=runtime_path
         )
-        return (await pending.result()).pid
+        return await pending.pid()
 
     def creating(
         self,
@@ -132,7 +156,7 @@ class Tasks:
         options: Message | None = None,
         checkpoint: Descriptor | None = None,
         runtime_path: str = "",
-    ) -> Pending[pb.CreateTaskResponse]:
+    ) -> PendingTask:
         """`create`, sent now, for who has something else to do until the answer comes."""
         request = pb.CreateTaskRequest(
             container_id=container,
@@ -147,7 +171,7 @@ class Tasks:
             request.options.CopyFrom(typeurl.pack(options))
         if checkpoint is not None:
             request.checkpoint.CopyFrom(descriptor_message(checkpoint))
-        return self._calls.begin(f"{_SERVICE}/Create", request, pb.CreateTaskResponse)
+        return PendingTask(self._calls.begin(f"{_SERVICE}/Create", request, pb.CreateTaskResponse))
 
     async def start(self, container: str, exec_id: str = "") -> int:
         """Starts what was created and returns its pid; raises the runtime's error."""
