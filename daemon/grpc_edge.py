@@ -45,6 +45,9 @@ _PREFIX: Final = struct.Struct(">BL")
 _BACKLOG: Final = 512
 # bytes of one client that wait to be sent, above which its calls wait and its requests aren't read
 _WRITE_HIGH: Final = 1 << 20
+# seconds that an answer to a client's ping may wait for a response to travel with. Go's client pings with nearly each
+# call, to measure; answered at once it would be woken, and again a moment later by the response.
+_PING_DELAY: Final = 0.002
 # complete messages of one stream that wait for their handler; beyond it the client's window isn't refilled
 _INBOX_BYTES: Final = 1 << 20
 _UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -153,7 +156,7 @@ class _Connection(asyncio.Protocol):
         self.calls: dict[int, _Call] = {}
         self._transport: asyncio.Transport | None = None
         self._paused = False
-        self._flushing = False
+        self._flush_at: asyncio.Handle | None = None
 
     # -- the transport's side
 
@@ -188,7 +191,10 @@ class _Connection(asyncio.Protocol):
             elif type(event) is http2.Writable:
                 for call in tuple(self.calls.values()):
                     call.push()
-        self.flush()
+        if self.http.urgent:
+            self.flush()
+        elif self._flush_at is None and self.http.pending:
+            self._flush_at = self.loop.call_later(_PING_DELAY, self.flush)
 
     def pause_writing(self) -> None:
         # a client that doesn't take its answers gets to ask no more questions
@@ -211,9 +217,18 @@ class _Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send what has collected."""
+        if self._flush_at is not None:
+            self._flush_at.cancel()
+            self._flush_at = None
         data = self.http.take()
         if data and self._transport is not None:
             self._transport.write(data)
+
+    def flush_soon(self) -> None:
+        """Send what has collected when the tasks that can run now have run, which may have more to say."""
+        if self._flush_at is not None:
+            self._flush_at.cancel()
+        self._flush_at = self.loop.call_soon(self.flush)
 
     def refuse_more(self) -> None:
         """The server stops: the client is to open no more streams."""
@@ -397,7 +412,7 @@ class _Call:
                     async for response in responses:
                         self._queue(response)
                         self.push()
-                        self._connection.flush()
+                        self._connection.flush_soon()
                         if self._outbox or not self._connection.writable:
                             await self._sent()
             self.finish(None)

@@ -10,9 +10,11 @@ speaks HTTP/2). It keeps the rules that protect a server from its peer: sizes, f
 from __future__ import annotations
 
 import struct
+import time
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from wherry.daemon.hpack import Decoder, HpackError
+from wherry.daemon.hpack import MAX_LIST_SIZE, Decoder, HpackError, ListTooLarge
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -35,9 +37,11 @@ CANCEL: Final = 0x8
 COMPRESSION_ERROR: Final = 0x9
 ENHANCE_YOUR_CALM: Final = 0xB
 # settings (6.5.2)
+_ENABLE_PUSH: Final = 0x2
 _MAX_CONCURRENT_STREAMS: Final = 0x3
 _INITIAL_WINDOW_SIZE: Final = 0x4
 _MAX_FRAME_SIZE: Final = 0x5
+_MAX_HEADER_LIST_SIZE: Final = 0x6
 
 _DEFAULT_WINDOW: Final = 65_535
 _DEFAULT_FRAME: Final = 16_384
@@ -51,8 +55,15 @@ STREAM_WINDOW: Final = 1 << 20
 CONNECTION_WINDOW: Final = 16 << 20
 # calls that one client may have under way (waits of dockerd for some hundred containers)
 MAX_STREAMS: Final = 4096
-# bytes of a header block before decoding, over all its frames
-_MAX_BLOCK: Final = 1 << 18
+# bytes of a header block before decoding, over all its frames: Huffman's code makes no block longer than its fields
+# where the peer keeps to MAX_LIST_SIZE, which it is told
+_MAX_BLOCK: Final = MAX_LIST_SIZE
+# frames of one header block: more than its bytes need is the flood of CVE-2024-27316
+_MAX_CONTINUATIONS: Final = 64
+# streams that a client may give up, or make us give up, at once and then per second: opening and resetting costs it
+# less than it costs us (CVE-2023-44487). Twice all that it can have under way is a client that changed its mind.
+RESET_BURST: Final = 2 * MAX_STREAMS
+RESETS_PER_SECOND: Final = 1000
 
 
 class ProtocolError(Exception):
@@ -72,7 +83,7 @@ class Request(NamedTuple):
 
 
 class Body(NamedTuple):
-    """Bytes of a request. `size` counts for flow control (with padding) and is given back by `taken`."""
+    """Bytes of a request. `size` counts for the stream's window (with padding) and is given back by `taken`."""
 
     stream: int
     data: bytes
@@ -81,7 +92,7 @@ class Body(NamedTuple):
 
 
 class Reset(NamedTuple):
-    """The peer gave a stream up, with an error code."""
+    """A stream is over before it was answered: the peer gave it up, or broke a rule on it; with an error code."""
 
     stream: int
     code: int
@@ -99,13 +110,20 @@ Event = Request | Body | Reset | Writable
 class Connection:
     """One connection; `outgoing` collects bytes that are to be sent, and is emptied by `take`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._begun = False
         self._settled = False
-        self._last = 0
+        self._last = 0  # the highest stream that was seen
+        self._accepted = 0  # the highest that was handed on
+        self._leaving = False  # GOAWAY was sent
+        self._pings = 0  # bytes of answers to pings in what is to be sent
         self._block: tuple[int, bool, bytearray] | None = None  # of a HEADERS without END_HEADERS
+        self._continuations = 0
+        self._clock = clock
+        self._resets: float = 0  # of late
+        self._resets_at = 0.0
         self._receiving: dict[int, int] = {}  # streams whose request goes on: what they may still send
         self._sending: dict[int, int] = {}  # streams that are answered: what may still be sent
         self._window = _DEFAULT_WINDOW  # what may be sent on the connection
@@ -113,15 +131,30 @@ class Connection:
         self._owed = 0  # taken, and not yet given back
         self._peer_window = _DEFAULT_WINDOW
         self.frame = _DEFAULT_FRAME  # the largest frame that the peer takes
-        settings = struct.pack(">HLHL", _MAX_CONCURRENT_STREAMS, MAX_STREAMS, _INITIAL_WINDOW_SIZE, STREAM_WINDOW)
-        self._out = bytearray(frame(SETTINGS, 0, 0, settings))
+        settings = {
+            _MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+            _INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+            _MAX_HEADER_LIST_SIZE: MAX_LIST_SIZE,
+        }
+        self._out = bytearray(frame(SETTINGS, 0, 0, b"".join(struct.pack(">HL", *each) for each in settings.items())))
         self._out += frame(WINDOW_UPDATE, 0, 0, struct.pack(">L", CONNECTION_WINDOW - _DEFAULT_WINDOW))
 
     def take(self) -> bytes:
         """The bytes to send now."""
         data = bytes(self._out)
         self._out.clear()
+        self._pings = 0
         return data
+
+    @property
+    def pending(self) -> int:
+        """How many bytes there are to send."""
+        return len(self._out)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether there is more to send than answers to pings, which may wait a moment."""
+        return len(self._out) > self._pings
 
     # -- what comes in
 
@@ -165,12 +198,16 @@ class Connection:
         self._credit -= size
         if self._credit < 0:
             raise ProtocolError(FLOW_CONTROL_ERROR, "more data than the connection's window")
+        # the connection's room is given back at once: a stream whose handler is busy holds up nobody but itself
+        self._owed += size
+        if self._owed >= CONNECTION_WINDOW // 2:
+            self._out += frame(WINDOW_UPDATE, 0, 0, struct.pack(">L", self._owed))
+            self._credit += self._owed
+            self._owed = 0
         data = _unpadded(flags, payload)
         allowed = self._receiving.get(stream)
         if allowed is None:
-            if stream == 0 or stream > self._last:
-                raise ProtocolError(PROTOCOL_ERROR, "DATA on a stream that wasn't opened")
-            self.taken(0, size)  # of a stream that was answered or reset meanwhile
+            self._unexpected("DATA", stream, events)
             return
         if size > allowed:
             raise ProtocolError(FLOW_CONTROL_ERROR, "more data than the stream's window")
@@ -184,38 +221,48 @@ class Connection:
     def _headers(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
         payload = _unpadded(flags, payload)
         if flags & _PRIORITY_FLAG:
+            if len(payload) < 5:
+                raise ProtocolError(FRAME_SIZE_ERROR, "HEADERS without the priority that it says it has")
             payload = payload[5:]
         end = bool(flags & END_STREAM)
         if flags & END_HEADERS:
             self._begin(stream, end, payload, events)
         else:
             self._block = (stream, end, bytearray(payload))
+            self._continuations = 0
 
     def _continuation(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
         if self._block is None or self._block[0] != stream:
             raise ProtocolError(PROTOCOL_ERROR, "CONTINUATION of nothing")
         _, end, block = self._block
         block += payload
-        if len(block) > _MAX_BLOCK or not payload:
+        self._continuations += 1
+        if len(block) > _MAX_BLOCK or self._continuations > _MAX_CONTINUATIONS:
             raise ProtocolError(ENHANCE_YOUR_CALM, "header block is too large")
         if flags & END_HEADERS:
             self._block = None
             self._begin(stream, end, bytes(block), events)
 
     def _begin(self, stream: int, end: bool, block: bytes, events: list[Event]) -> None:
-        try:
-            fields = self._decoder.decode(block)
-        except HpackError as error:
-            raise ProtocolError(COMPRESSION_ERROR, str(error)) from error
-        if stream <= self._last and stream % 2:
-            self._trailers(stream, end, events)
-            return
         if stream % 2 == 0:
             raise ProtocolError(PROTOCOL_ERROR, f"a client can't open stream {stream}")
+        try:
+            fields = self._decoder.decode(block)
+        except ListTooLarge as error:
+            raise ProtocolError(ENHANCE_YOUR_CALM, str(error)) from error
+        except HpackError as error:
+            raise ProtocolError(COMPRESSION_ERROR, str(error)) from error
+        if stream <= self._last:
+            self._trailers(stream, end, events)
+            return
         self._last = stream
+        if self._leaving:
+            return  # sent before the client heard of it: it tries again elsewhere (6.8)
         if len(self._sending) >= MAX_STREAMS:
+            self._spend_reset()
             self._out += frame(RST_STREAM, 0, stream, struct.pack(">L", REFUSED_STREAM))
             return
+        self._accepted = stream
         self._sending[stream] = self._peer_window
         if not end:
             self._receiving[stream] = STREAM_WINDOW
@@ -223,46 +270,87 @@ class Connection:
 
     def _trailers(self, stream: int, end: bool, events: list[Event]) -> None:
         if stream not in self._receiving:
+            self._unexpected("HEADERS", stream, events)
             return
         if not end:
             raise ProtocolError(PROTOCOL_ERROR, "a second header block that isn't the end")
         del self._receiving[stream]
         events.append(Body(stream, b"", 0, True))
 
+    def _unexpected(self, what: str, stream: int, events: list[Event]) -> None:
+        """A frame of a request on a stream whose request is over (5.1)."""
+        if self._idle(stream):
+            raise ProtocolError(PROTOCOL_ERROR, f"{what} on a stream that wasn't opened")
+        if stream in self._sending:  # half closed by the peer itself
+            self._spend_reset()
+            self.reset(stream, STREAM_CLOSED)
+            events.append(Reset(stream, STREAM_CLOSED))
+        # otherwise it was answered or reset, which the peer needn't have known when it sent this
+
+    def _idle(self, stream: int) -> bool:
+        return stream > self._last or stream % 2 == 0
+
+    def _spend_reset(self) -> None:
+        now = self._clock()
+        self._resets = max(0.0, self._resets - (now - self._resets_at) * RESETS_PER_SECOND) + 1
+        self._resets_at = now
+        if self._resets > RESET_BURST:
+            raise ProtocolError(ENHANCE_YOUR_CALM, "too many streams were opened and given up")
+
     def _rst_stream(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
         if len(payload) != 4:
             raise ProtocolError(FRAME_SIZE_ERROR, "RST_STREAM")
-        if stream == 0 or stream > self._last:
+        if self._idle(stream):
             raise ProtocolError(PROTOCOL_ERROR, "RST_STREAM of a stream that wasn't opened")
-        if stream in self._sending or stream in self._receiving:
+        if stream in self._sending:
+            self._spend_reset()
             self.forget(stream)
             events.append(Reset(stream, int.from_bytes(payload, "big")))
 
     def _settings(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
-        self._settled = True
-        if flags & ACK:
-            return
-        if stream or len(payload) % 6:
+        if stream:
+            raise ProtocolError(PROTOCOL_ERROR, "SETTINGS on a stream")
+        if len(payload) % 6 or (flags & ACK and payload):
             raise ProtocolError(FRAME_SIZE_ERROR, "SETTINGS")
+        if flags & ACK:
+            if not self._settled:
+                raise ProtocolError(PROTOCOL_ERROR, "the first frame acknowledges SETTINGS")
+            return
+        self._settled = True
+        window = self._peer_window
         for name, value in struct.iter_unpack(">HL", payload):
             if name == _INITIAL_WINDOW_SIZE:
                 if value > _LARGEST_WINDOW:
                     raise ProtocolError(FLOW_CONTROL_ERROR, "initial window is too large")
-                change, self._peer_window = value - self._peer_window, value
-                for each in self._sending:
-                    self._sending[each] += change
-                events.append(Writable(0))
+                window = value
             elif name == _MAX_FRAME_SIZE:
                 if not _DEFAULT_FRAME <= value < 1 << 24:
                     raise ProtocolError(PROTOCOL_ERROR, "frame size out of bounds")
                 self.frame = min(value, 1 << 20)
+            elif name == _ENABLE_PUSH and value > 1:
+                raise ProtocolError(PROTOCOL_ERROR, "ENABLE_PUSH is neither 0 nor 1")
+        if window != self._peer_window:  # once for a frame: one frame has room for 2730 changes, for 4096 streams each
+            self._resize(window - self._peer_window)
+            self._peer_window = window
+            events.append(Writable(0))
         self._out += frame(SETTINGS, ACK, 0, b"")
 
+    def _resize(self, change: int) -> None:
+        """Streams that are open follow the initial window; theirs may become negative (6.9.2)."""
+        for stream in self._sending:
+            self._sending[stream] += change
+            if self._sending[stream] > _LARGEST_WINDOW:
+                raise ProtocolError(FLOW_CONTROL_ERROR, "initial window makes a stream's window too large")
+
     def _ping(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
+        if stream:
+            raise ProtocolError(PROTOCOL_ERROR, "PING on a stream")
         if len(payload) != 8:
             raise ProtocolError(FRAME_SIZE_ERROR, "PING")
         if not flags & ACK:
-            self._out += frame(PING, ACK, 0, payload)
+            answer = frame(PING, ACK, 0, payload)
+            self._out += answer
+            self._pings += len(answer)
 
     def _window_update(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
         if len(payload) != 4:
@@ -276,14 +364,27 @@ class Connection:
         elif stream in self._sending:
             self._sending[stream] += more
             grown = self._sending[stream]
+        elif self._idle(stream):
+            raise ProtocolError(PROTOCOL_ERROR, "WINDOW_UPDATE of a stream that wasn't opened")
         else:
             return
         if grown > _LARGEST_WINDOW:
             raise ProtocolError(FLOW_CONTROL_ERROR, "window is too large")
         events.append(Writable(stream))
 
-    def _ignore(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
-        """Nothing to do."""
+    def _priority(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
+        """Priorities are deprecated (5.3.2); what says nothing must still be well-formed."""
+        if stream == 0:
+            raise ProtocolError(PROTOCOL_ERROR, "PRIORITY of no stream")
+        if len(payload) != 5:
+            raise ProtocolError(FRAME_SIZE_ERROR, "PRIORITY")
+
+    def _goaway(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
+        """The client opens no more; what runs goes on."""
+        if stream:
+            raise ProtocolError(PROTOCOL_ERROR, "GOAWAY on a stream")
+        if len(payload) < 8:
+            raise ProtocolError(FRAME_SIZE_ERROR, "GOAWAY")
 
     def _refuse(self, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
         raise ProtocolError(PROTOCOL_ERROR, "a client can't push")
@@ -291,12 +392,12 @@ class Connection:
     _HANDLERS: Final = {
         DATA: _data,
         HEADERS: _headers,
-        PRIORITY: _ignore,
+        PRIORITY: _priority,
         RST_STREAM: _rst_stream,
         SETTINGS: _settings,
         PUSH_PROMISE: _refuse,
         PING: _ping,
-        GOAWAY: _ignore,  # the client opens no more; what runs goes on
+        GOAWAY: _goaway,
         WINDOW_UPDATE: _window_update,
         CONTINUATION: _continuation,
     }
@@ -304,15 +405,8 @@ class Connection:
     # -- what goes out
 
     def taken(self, stream: int, size: int) -> None:
-        """Give back room for `size` bytes of request, of the connection and, where it isn't 0, of a stream."""
-        if size == 0:
-            return
-        self._owed += size
-        if self._owed >= CONNECTION_WINDOW // 2:
-            self._out += frame(WINDOW_UPDATE, 0, 0, struct.pack(">L", self._owed))
-            self._credit += self._owed
-            self._owed = 0
-        if stream in self._receiving:
+        """Give back room for `size` bytes of a stream's request, where it isn't over."""
+        if size and stream in self._receiving:
             self._receiving[stream] += size
             self._out += frame(WINDOW_UPDATE, 0, stream, struct.pack(">L", size))
 
@@ -321,8 +415,15 @@ class Connection:
         return min(self._window, self._sending.get(stream, 0))
 
     def headers(self, stream: int, block: bytes, *, end: bool) -> None:
-        """Send a header block; with `end` the stream is over."""
-        self._out += frame(HEADERS, END_HEADERS | (END_STREAM if end else 0), stream, block)
+        """Send a header block, in as many frames as it needs; with `end` the stream is over."""
+        flags = END_STREAM if end else 0
+        if len(block) <= self.frame:
+            self._out += frame(HEADERS, END_HEADERS | flags, stream, block)
+        else:
+            pieces = [block[at : at + self.frame] for at in range(0, len(block), self.frame)]
+            self._out += frame(HEADERS, flags, stream, pieces[0])
+            for piece in pieces[1:]:
+                self._out += frame(CONTINUATION, END_HEADERS if piece is pieces[-1] else 0, stream, piece)
         if end:
             self._close(stream)
 
@@ -343,8 +444,9 @@ class Connection:
         self._receiving.pop(stream, None)
 
     def goaway(self, code: int = NO_ERROR, text: str = "") -> None:
-        """Say that no more streams are taken."""
-        self._out += frame(GOAWAY, 0, 0, struct.pack(">LL", self._last, code) + text.encode()[:200])
+        """Say that no more streams are taken: those that still come are dropped."""
+        self._leaving = True
+        self._out += frame(GOAWAY, 0, 0, struct.pack(">LL", self._accepted, code) + text.encode()[:200])
 
     def _close(self, stream: int) -> None:
         if stream in self._receiving:
