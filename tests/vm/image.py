@@ -7,6 +7,7 @@ minute, later runs find it. Nothing of the host is changed; root is needed, beca
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
@@ -15,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ PACKAGES = (
 #: Pulled in by dependencies of scripts that never run here.
 _LEFT_OUT = ("perl", "libperl", "usrmerge", "debconf", "initramfs-tools", "klibc", "libklibc", "adduser", "gcc-12-base")
 _TEST_REQUIREMENTS = ("pytest>=8.2", "pytest-asyncio>=1.0", "pytest-timeout>=2.3")
+#: An image that other inputs replaced goes at the first build after this time.
+_KEPT_SECONDS = 3600
 #: Python of Debian bookworm, whatever runs this file.
 PYTHON = "3.11"
 SITE = f"opt/wherry/lib/python{PYTHON}/site-packages"
@@ -78,7 +82,14 @@ def cache() -> Path:
 
 
 def build() -> Image:
-    """The image for the present inputs, built if it isn't there. Raises CalledProcessError where a tool fails."""
+    """The image for the present inputs, built if it isn't there. Raises RuntimeError with a failing tool's output."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with open(cache() / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once share one build
+        return _build()
+
+
+def _build() -> Image:
     packages = _resolve()
     sources = [Path(__file__).with_name(name).read_text() for name in ("image.py", "agent.py")]
     inputs = "\n".join([*packages, *_requirements(), *sources])
@@ -86,7 +97,8 @@ def build() -> Image:
     image = Image(folder / "vmlinuz", folder / "initrd", folder / "root.ext4")
     if not (folder / "ready").exists():
         for old in cache().glob("*/ready"):
-            shutil.rmtree(old.parent)
+            if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(old.parent)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         root = folder / "root"

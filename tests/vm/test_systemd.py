@@ -154,7 +154,7 @@ def test_the_socket_starts_it(daemon: Machine, container: str) -> None:
 def test_removal(daemon: Machine) -> None:
     """Last of all: nothing of the installation is left, and the data is."""
     daemon.check("wherryd systemd install --remove", timeout=90)
-    left = "ls /etc/systemd/system/*/wherryd.* /etc/systemd/system/wherryd.* /run/wherry/wherryd.sock*"
+    left = "ls /etc/systemd/system/*/wherryd.* /etc/systemd/system/wherryd.* /run/wherry/wherryd.sock"
     assert daemon.run(left).out.count("No such file") == 3
     assert shown(daemon, "LoadState") == "not-found"
     assert daemon.check("ls /var/lib/wherry")
