@@ -63,10 +63,11 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a collection did: things removed by kind, and the seconds it took."""
+    """What a collection did: things removed by kind, the seconds it took, the snapshotters that lost snapshots."""
 
     removed: dict[str, int]
     seconds: float
+    snapshotters: frozenset[str]
 
 
 class Collector:
@@ -108,14 +109,22 @@ class Collector:
         self._metadata.watch(self._changed)
         self._task = asyncio.get_running_loop().create_task(self._schedule())
 
+    async def collect_all(self) -> Stats:
+        """Collect now and wait until the files are gone too: what `sync` on Delete asks for."""
+        stats = await self.collect()
+        for snapshotter in stats.snapshotters:
+            await self._snapshots.cleanup(snapshotter)
+        return stats
+
     async def collect(self) -> Stats:
-        """Collect now and wait until the files are gone too (what `sync` on Delete asks for)."""
+        """Collect now; the directories of snapshots that went are removed in the background."""
         async with self._lock:
             begun = time.monotonic()
             self._deletions = self._mutations = 0
             garbage = await self._sweep()
             removed = await self._remove_files(garbage)
-            stats = Stats(removed, time.monotonic() - begun)
+            snapshotters = {node.key.partition("/")[0] for node in garbage if node.kind == SNAPSHOT}
+            stats = Stats(removed, time.monotonic() - begun, frozenset(snapshotters))
             self._collections += 1
             self._seconds += stats.seconds
             self._last = time.monotonic()

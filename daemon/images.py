@@ -240,5 +240,5 @@ class ImageService:
         target = request.target if request.HasField("target") else None
         await self._store.delete(require_namespace(context), request.name, target, lease=context.lease)
         if request.sync:
-            await self._collector.collect()
+            await self._collector.collect_all()
         return empty_pb2.Empty()

@@ -190,7 +190,7 @@ class LeaseService:
         """With `sync` the answer comes after what it held alone is gone."""
         await self._store.delete(require_namespace(context), request.id)
         if request.sync:
-            await self._collector.collect()
+            await self._collector.collect_all()
         return empty_pb2.Empty()
 
     async def list(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
