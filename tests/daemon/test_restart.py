@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -170,3 +171,49 @@ def test_ten_containers_are_found_again_quickly(daemon: Wherryd) -> None:
     daemon.restart()
     assert task_pids(daemon) == before
     assert "shim is gone" not in daemon.log_text()
+
+
+def test_the_fork_server_may_be_killed(daemon: Wherryd) -> None:
+    daemon.ctr("run", "-d", BUSYBOX, "before", "sleep", "1000")
+    before = task_pids(daemon)
+    with open(f"/proc/{daemon.pid}/task/{daemon.pid}/children") as file:
+        children = [int(pid) for pid in file.read().split()]
+    (server,) = [pid for pid in children if "forkserver" in command_line(pid)]
+    os.kill(server, signal.SIGKILL)
+    assert daemon.ctr("run", "--rm", BUSYBOX, "after", "echo", "fine").stdout == "fine\n"
+    assert task_pids(daemon) == before
+    assert daemon.ctr("task", "exec", "--exec-id", "x", "before", "echo", "too").stdout == "too\n"
+
+
+def command_line(pid: int) -> str:
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().replace(b"\0", b" ").decode(errors="replace")
+
+
+def test_many_at_once_leave_nothing(daemon: Wherryd) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        names = [f"m{number}" for number in range(24)]
+        outputs = pool.map(lambda name: daemon.ctr("run", "--rm", BUSYBOX, name, "echo", name).stdout, names)
+        assert list(outputs) == [f"{name}\n" for name in names]
+    assert task_pids(daemon) == {}
+    assert daemon.settle() == []
+
+
+def test_the_daemon_is_killed_while_containers_come_and_go(daemon: Wherryd) -> None:
+    command = [need("ctr"), "-a", daemon.address, "run", "--rm", BUSYBOX]
+    clients = [
+        subprocess.Popen([*command, f"k{number}", "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for number in range(8)
+    ]
+    time.sleep(0.12)
+    daemon.kill()
+    for client in clients:
+        client.kill()
+        client.wait()
+    daemon.start()
+    for name in task_pids(daemon):
+        # a task that was created, started or had ended is there in its state, and can be deleted
+        daemon.ctr("task", "delete", "--force", name, check=False)
+    assert task_pids(daemon) == {}
+    assert daemon.settle() == []
+    assert daemon.ctr("run", "--rm", BUSYBOX, "after", "echo", "fine").stdout == "fine\n"
