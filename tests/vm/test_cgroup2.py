@@ -90,3 +90,20 @@ def test_other_devices_are_denied(daemon: Machine) -> None:
     assert "Operation not permitted" in done.out
     script = "head -c 1 /dev/zero >/dev/null && echo x >/dev/null && echo open"
     assert daemon.check(f"wherry run --rm {IMAGE} usual sh -c '{script}'") == "open"
+
+
+def test_cpu_and_pids_limits_are_set(daemon: Machine) -> None:
+    files = "cat /sys/fs/cgroup/default/measured/cpu.max /sys/fs/cgroup/default/measured/pids.max"
+    daemon.check(f"wherry run -d --cpus 0.5 --pids-limit 44 {IMAGE} measured sleep 1000")
+    try:
+        assert daemon.check(files).splitlines() == ["50000 100000", "44"]
+    finally:
+        remove(daemon, "measured")
+
+
+def test_the_default_seccomp_profile_filters(daemon: Machine) -> None:
+    script = "grep ^Seccomp: /proc/self/status; unshare -n true || echo denied"
+    out = daemon.check(f"wherry run --rm --seccomp {IMAGE} filtered sh -c '{script}'")
+    assert out.splitlines()[0].split() == ["Seccomp:", "2"]
+    assert out.splitlines()[-1] == "denied"
+    assert daemon.check("ls /run/wherry/seccomp | wc -l") == "1"

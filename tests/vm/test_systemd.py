@@ -137,7 +137,7 @@ def test_the_socket_starts_it(daemon: Machine, container: str) -> None:
     assert shown(daemon, "ActiveState") == "active"
     assert shown(daemon, "TriggeredBy") == "wherryd.socket"
     assert_goes_on(daemon, container)
-    # gRPC, behind the relay: the async client of the library
+    # gRPC on the socket that was handed over, by the library that others use
     script = (
         "import grpc; from wherry.proto import version_pb2; c = grpc.insecure_channel('unix:///run/wherry/wherryd.sock');"
         "from google.protobuf.empty_pb2 import Empty;"
