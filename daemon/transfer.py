@@ -80,6 +80,7 @@ class TransferService:
         self._streams = streams
         self._options = options or Options()
         self._default_snapshotter = default_snapshotter
+        self._applier = applier
         self._unpacker = Unpacker(content, snapshots, applier)
         self._downloads = asyncio.Semaphore(max(1, self._options.max_concurrent_downloads))
         self._uploads = asyncio.Semaphore(max(1, self._options.max_concurrent_uploaded_layers))
@@ -94,18 +95,19 @@ class TransferService:
     async def transfer(self, request: transfer_pb2.TransferRequest, context: Context) -> Empty:
         """Do one transfer; returns when it is done. Raises Unimplemented for a pair of ends that isn't known."""
         namespace = require_namespace(context)
-        source, destination = typeurl.unpack(request.source), typeurl.unpack(request.destination)
-        handler = self._handlers.get((type(source), type(destination)))
-        if handler is None:
-            names = f"{source.DESCRIPTOR.full_name} to {destination.DESCRIPTOR.full_name}"
-            raise Unimplemented(f"transfer from {names} is not supported: not implemented")
         name = request.options.progress_stream
         stream = self._streams.get(namespace, name) if name else None
         progress = Progress(stream)
         try:
+            source, destination = typeurl.unpack(request.source), typeurl.unpack(request.destination)
+            handler = self._handlers.get((type(source), type(destination)))
+            if handler is None:
+                names = f"{source.DESCRIPTOR.full_name} to {destination.DESCRIPTOR.full_name}"
+                raise Unimplemented(f"transfer from {names} is not supported: not implemented")
             async with self._lease(namespace, context.lease) as lease, progress.ticking():
                 await handler(_Call(namespace, lease, progress), source, destination)
         finally:
+            # also after an error: the client waits for the end of it
             if stream is not None:
                 stream.close()
         return Empty()
@@ -130,7 +132,9 @@ class TransferService:
     async def _pull(self, call: _Call, source: Message, destination: Message) -> None:
         registry, store = _expect(source, types.OCIRegistry), _expect(destination, types.ImageStore)
         place = f"OCI Registry ({registry.reference})"
-        async with self._resolver(call, registry) as resolver:
+        # refused before anything is asked for: a snapshotter that isn't there
+        wanted = self._wanted(call, store)
+        async with self._warmed(wanted), self._resolver(call, registry) as resolver:
             call.progress.say(f"Resolving from {place}")
             try:
                 name, root = await resolver.resolve(registry.reference)
@@ -142,7 +146,6 @@ class TransferService:
             call.progress.say("fetching image content", name, root)
             call.progress.start(name)
             parsed = reference.parse(registry.reference)
-            wanted = self._wanted(call, store)
             wanted.host, wanted.repository = parsed.host, parsed.path
             tree = self._tree(call, wanted, resolver.fetcher(registry.reference).fetch)
             await tree.bring(root)
@@ -257,6 +260,17 @@ class TransferService:
         await self._save(call, new, target, _names(new, target))
 
     # -- the image store
+
+    @contextlib.asynccontextmanager
+    async def _warmed(self, wanted: Wanted) -> AsyncIterator[None]:
+        """Have the process that applies layers start beside the first questions to the registry."""
+        warming = asyncio.create_task(self._applier.warm()) if wanted.unpacks else None
+        try:
+            yield
+        finally:
+            if warming is not None:
+                # an error of it comes again, to whoever applies
+                await asyncio.gather(warming, return_exceptions=True)
 
     def _wanted(self, call: _Call, store: types.ImageStore) -> Wanted:
         platforms = [platform_from_proto(item) for item in store.platforms]

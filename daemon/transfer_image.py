@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -133,7 +134,11 @@ async def add_labels(content: ContentStore, namespace: str, digest: str, labels:
 
 
 def source_label(host: str, path: str, existing: str = "") -> tuple[str, str]:
-    """The label that says which repository of a host has this content: key and value, joined with what was there."""
+    """The label that says which repository of a host has this content: key and value, joined with what was there.
+
+    containerd leaves the port out of the key.
+    """
+    host = re.sub(r":[0-9]+$", "", host)
     repositories = sorted({*filter(None, existing.split(",")), path})
     return f"{DISTRIBUTION_SOURCE}.{host}", ",".join(repositories)
 

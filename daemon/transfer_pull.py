@@ -189,6 +189,7 @@ class Tree:
         if self._fetch is None:
             if not self._content.exists(namespace, descriptor.digest):
                 raise NotFound(f"content digest {descriptor.digest}: not found")
+            self._progress.finish(descriptor)
             return
         existed = await self._download(descriptor)
         if existed:

@@ -9,10 +9,9 @@ from functools import partial
 from wherry.core import mediatypes, reference
 from wherry.core.descriptor import Descriptor
 from wherry.core.errors import FailedPrecondition, NotFound
-from wherry.core.labels import DISTRIBUTION_SOURCE
 from wherry.core.platforms import Platform
 from wherry.daemon.content import ContentStore
-from wherry.daemon.transfer_image import Selection, read_children
+from wherry.daemon.transfer_image import Selection, read_children, source_label
 from wherry.daemon.transfer_progress import Progress
 from wherry.daemon.transfer_unpack import first_error
 from wherry.registry.pusher import OpenContent, Pusher
@@ -38,11 +37,11 @@ class Push:
         """
         root = await self._choose(target, platforms)
         parsed = reference.parse(ref)
+        self._progress.add(root)
         try:
             await self._tree(root, parsed.host)
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
-        self._progress.add(root)
         pushed = await self._pusher.push_manifest(root, self._reader(root), parsed.tag or str(root.digest))
         self._progress.finish(root, "complete" if pushed else "already exists")
 
@@ -81,7 +80,8 @@ class Push:
     def _neighbours(self, child: Descriptor, host: str) -> list[str]:
         """Repositories of the same host that are known to have the content: it is mounted from there."""
         labels = self._content.info(self._namespace, child.digest).labels
-        return [name for name in labels.get(f"{DISTRIBUTION_SOURCE}.{host}", "").split(",") if name]
+        key, _ = source_label(host, "")
+        return [name for name in labels.get(key, "").split(",") if name]
 
     def _reader(self, child: Descriptor) -> OpenContent:
         if not self._content.exists(self._namespace, child.digest):
