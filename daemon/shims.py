@@ -170,17 +170,17 @@ class Shims:
         """Take back a shim whose task was not created. A failure here is logged: the first error is the one to tell."""
         shim.leaving = True
         try:
-            if not shim.connected:
-                # it may have been started although the answer never came
-                with contextlib.suppress(WherryError):
-                    if shim.launch.binary:
-                        await delete_shim(self._foreign(shim.bundle, shim.launch), within=self._limits.cleanup)
-                    else:
-                        await shim.connect(_CONNECT, self._closed)
-            await self._leave(shim, now=True)
-            await self._remove(shim)
+            if not shim.connected and not shim.launch.binary:
+                with contextlib.suppress(WherryError):  # it may have been forked although the answer never came
+                    await shim.connect(_CONNECT, self._closed)
+            if shim.connected:
+                await self._leave(shim, now=True)
+            else:  # it died, perhaps in the middle of making the container
+                await shim.hang_up()
+                await self._delete_dead(shim)
         except (WherryError, OSError) as error:
             log.error("could not take back a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
+        await self._remove(shim)
 
     def _discard_unwanted(self, work: asyncio.Task[Shim]) -> None:
         if work.cancelled() or work.exception() is not None or self._closing:

@@ -8,7 +8,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -186,8 +187,27 @@ def test_the_fork_server_may_be_killed(daemon: Wherryd) -> None:
 
 
 def command_line(pid: int) -> str:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
+    with suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
         return file.read().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def test_a_shim_killed_while_it_makes_a_container_leaves_nothing(daemon: Wherryd) -> None:
+    killed = 0
+    for number in range(10):
+        command = [need("ctr"), "-a", daemon.address, "run", "--rm", BUSYBOX, f"s{number}", "sleep", "0.05"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as client:
+            time.sleep(0.03 + number * 0.01)
+            for pid in daemon.processes():
+                if command_line(pid).startswith("containerd-shim-wherry-v1"):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        killed += 1
+            client.wait(timeout=20)
+        assert daemon.settle() == []
+    assert killed
+    assert task_pids(daemon) == {}
+    assert not [path for path in Path("/sys/fs/cgroup").glob("*/default/s[0-9]") if path.is_dir()]
 
 
 def test_many_at_once_leave_nothing(daemon: Wherryd) -> None:
