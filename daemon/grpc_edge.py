@@ -16,55 +16,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import socket
-import struct
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import sys
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 import structlog
-from google.protobuf.message import DecodeError, Message
 
-from wherry.core.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    InvalidArgument,
-    ResourceExhausted,
-    Unimplemented,
-    WherryError,
-)
-from wherry.daemon import hpack, http2, logs
+from wherry.core.errors import Unavailable, Unimplemented, WherryError
+from wherry.daemon import hpack, http2
 from wherry.daemon.addresses import own, short_path, tight_umask
-from wherry.proto.service import Context, Method, methods
+from wherry.daemon.grpc_call import Call, Handler, percent
+from wherry.proto.service import methods
 
 log = structlog.get_logger(__name__)
 
-_PREFIX: Final = struct.Struct(">BL")
 _BACKLOG: Final = 512
 # bytes of one client that wait to be sent, above which its calls wait and its requests aren't read
 _WRITE_HIGH: Final = 1 << 20
 # seconds that an answer to a client's ping may wait for a response to travel with. Go's client pings with nearly each
 # call, to measure; answered at once it would be woken, and again a moment later by the response.
 _PING_DELAY: Final = 0.002
-# complete messages of one stream that wait for their handler; beyond it the client's window isn't refilled
-_INBOX_BYTES: Final = 1 << 20
-_UNITS: Final = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-_TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
-_OK_HEADERS: Final = hpack.encode([(":status", "200"), ("content-type", "application/grpc")])
-_OK_TRAILERS: Final = hpack.encode([("grpc-status", "0"), ("grpc-message", "")])
-
-
-class _Handler:
-    """A method with the function that implements it."""
-
-    __slots__ = ("function", "method", "unary")
-
-    def __init__(self, method: Method, function: Callable[..., Any]) -> None:
-        self.method = method
-        self.function = function
-        self.unary = not (method.client_streaming or method.server_streaming)
+# seconds until a peer must have said that it speaks HTTP/2; Go's servers give as many
+_HANDSHAKE: Final = 120.0
+# seconds that a peer which broke the rules gets to read why
+_LINGER: Final = 2.0
+# connection-specific fields, which HTTP/2 hasn't (RFC 9113, 8.2.2)
+_OTHERS: Final = frozenset(("connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"))
+_PSEUDO: Final = frozenset((":method", ":scheme", ":path", ":authority"))
 
 
 class GrpcServer:
@@ -74,11 +53,12 @@ class GrpcServer:
         """`services` as wherry.proto.service describes them; sizes in bytes of one message."""
         self.max_receive = max_receive
         self.max_send = max_send
-        self._handlers: dict[str, _Handler] = {}
+        self._handlers: dict[str, Handler] = {}
         self._names: set[str] = set()
         self._servers: list[asyncio.Server] = []
         self._bound: list[tuple[str, int]] = []
-        self.connections: set[_Connection] = set()
+        self._idle: asyncio.Event | None = None  # while it stops: set when the last call is answered
+        self.connections: set[Connection] = set()
         for service in services:
             self._add(service)
 
@@ -88,9 +68,9 @@ class GrpcServer:
         self._names.add(name)
         for method in methods(name).values():
             if (function := getattr(service, method.attribute, None)) is not None:
-                self._handlers[method.path] = _Handler(method, function)
+                self._handlers[method.path] = Handler(method, function)
 
-    def find(self, path: str) -> _Handler:
+    def find(self, path: str) -> Handler:
         """The handler for a path. Raises Unimplemented in the words of Go's servers."""
         handler = self._handlers.get(path)
         if handler is None:
@@ -124,7 +104,9 @@ class GrpcServer:
     async def serve_socket(self, sock: socket.socket) -> None:
         """Serve a socket that is bound, or listens already (handed over by systemd)."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: _Connection(self, loop), sock=sock, backlog=_BACKLOG)
+        # from 3.13 on asyncio would remove the file at the end, also when it is the service manager's
+        more: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        server = await loop.create_unix_server(lambda: Connection(self, loop), sock=sock, backlog=_BACKLOG, **more)
         self._servers.append(server)
 
     async def stop(self, grace: float) -> None:
@@ -135,25 +117,37 @@ class GrpcServer:
             with contextlib.suppress(OSError):
                 if os.stat(path).st_ino == inode:
                     os.unlink(path)
+        self._idle = asyncio.Event()
         for connection in self.connections:
             connection.refuse_more()
-        tasks = {call.task for connection in self.connections for call in connection.calls.values() if call.task}
-        if tasks:
-            await asyncio.wait(tasks, timeout=grace)
+        self.ended()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        tasks = [call.task for each in self.connections for call in each.calls.values() if call.task is not None]
         for connection in tuple(self.connections):
-            connection.close()
-        if pending := [task for task in tasks if not task.done()]:
-            await asyncio.wait(pending, timeout=1)
+            connection.close(Unavailable("wherryd stops: unavailable"))
+        if tasks:
+            await asyncio.wait(tasks, timeout=1)
+
+    def ended(self) -> None:
+        """A call or a connection is over."""
+        if self._idle is not None and not any(connection.calls for connection in self.connections):
+            self._idle.set()
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One client."""
 
     def __init__(self, server: GrpcServer, loop: asyncio.AbstractEventLoop) -> None:
         self.server = server
         self.loop = loop
         self.http = http2.Connection()
-        self.calls: dict[int, _Call] = {}
+        self.calls: dict[int, Call] = {}
+        self.leaving = 0  # handlers of calls that are over, which still clean up
+        self.held = 0  # bytes of requests that wait for their handlers
+        self.unsent = 0  # bytes of answers that wait for the client
+        self._handshake: asyncio.TimerHandle | None = loop.call_later(_HANDSHAKE, self._mute)
         self._transport: asyncio.Transport | None = None
         self._paused = False
         self._flush_at: asyncio.Handle | None = None
@@ -168,33 +162,59 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        if self._handshake is not None:
+            self._handshake.cancel()
+        if self._flush_at is not None:
+            self._flush_at.cancel()
         self.server.connections.discard(self)
         for call in tuple(self.calls.values()):
             call.cancel()
+        self.server.ended()
 
     def data_received(self, data: bytes) -> None:
         try:
-            events = self.http.receive(data)
+            for event in self.http.receive(data):
+                self._event(event)
         except http2.ProtocolError as error:
+            log.info("a gRPC client broke the rules of HTTP/2", error=str(error), code=error.code)
+            for call in tuple(self.calls.values()):
+                call.cancel()
             self.http.goaway(error.code, str(error))
-            self.flush()
             self.close()
             return
-        for event in events:
-            if type(event) is http2.Request:
-                self._request(event)
-            elif type(event) is http2.Body:
-                self._body(event)
-            elif type(event) is http2.Reset:
-                if (call := self.calls.get(event.stream)) is not None:
-                    call.cancel()
-            elif type(event) is http2.Writable:
-                for call in tuple(self.calls.values()):
-                    call.push()
+        if self._handshake is not None and self.http.settled:
+            self._handshake.cancel()
+            self._handshake = None
         if self.http.urgent:
             self.flush()
         elif self._flush_at is None and self.http.pending:
             self._flush_at = self.loop.call_later(_PING_DELAY, self.flush)
+
+    def _event(self, event: http2.Event) -> None:
+        if type(event) is http2.Request:
+            self._request(event)
+        elif type(event) is http2.Body:
+            if (call := self.calls.get(event.stream)) is not None:
+                call.feed(event.data, event.size, end=event.end)
+        elif type(event) is http2.Reset:
+            if (call := self.calls.get(event.stream)) is not None:
+                call.cancel()
+        elif event.stream:
+            if (call := self.calls.get(event.stream)) is not None:
+                call.push()
+        else:
+            self._push_all()
+
+    def _push_all(self) -> None:
+        # in turn, so that none of those that wait for the connection's window is always the last
+        for stream in tuple(self.calls):
+            if (call := self.calls.get(stream)) is not None:
+                call.push()
+
+    def _mute(self) -> None:
+        self._handshake = None
+        if self._transport is not None:
+            self._transport.abort()
 
     def pause_writing(self) -> None:
         # a client that doesn't take its answers gets to ask no more questions
@@ -206,8 +226,7 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         if self._transport is not None:
             self._transport.resume_reading()
-        for call in tuple(self.calls.values()):
-            call.push()
+        self._push_all()
         self.flush()
 
     @property
@@ -226,6 +245,8 @@ class _Connection(asyncio.Protocol):
 
     def flush_soon(self) -> None:
         """Send what has collected when the tasks that can run now have run, which may have more to say."""
+        if type(self._flush_at) is asyncio.Handle:
+            return
         if self._flush_at is not None:
             self._flush_at.cancel()
         self._flush_at = self.loop.call_soon(self.flush)
@@ -235,288 +256,80 @@ class _Connection(asyncio.Protocol):
         self.http.goaway()
         self.flush()
 
-    def close(self) -> None:
-        """Hang up, after what was written."""
+    def close(self, error: WherryError | None = None) -> None:
+        """Hang up, after what was written; calls under way end with the error."""
+        if error is not None:
+            for call in tuple(self.calls.values()):
+                call.abort(error)
+        self.flush()
         if self._transport is not None:
             self._transport.close()
+            # a peer that doesn't read would keep it open for ever
+            self.loop.call_later(_LINGER, self._transport.abort)
 
     # -- calls
 
+    def drop(self, stream: int) -> bool:
+        """A call is over; whether it was under way."""
+        if self.calls.pop(stream, None) is None:
+            return False
+        self.server.ended()
+        return True
+
+    def left(self, task: asyncio.Task[None]) -> None:
+        """A handler that was cancelled has cleaned up."""
+        self.leaving -= 1
+
     def _request(self, event: http2.Request) -> None:
-        fields = dict(reversed(event.fields))  # of a name that is repeated, the first
-        call = _Call(self, event.stream)
-        content_type = fields.get("content-type", "")
-        if fields.get(":method") != "POST" or not content_type.startswith("application/grpc"):
-            self.http.headers(event.stream, hpack.encode([(":status", "415")]), end=True)
+        stream = event.stream
+        if not self.http.is_open(stream):
             return
-        self.calls[event.stream] = call
-        try:
-            call.begin(self.server.find(fields.get(":path", "")), fields)
-        except WherryError as error:
-            call.finish(error)
+        if len(self.calls) + self.leaving >= http2.MAX_STREAMS:
+            self.http.refuse(stream, http2.REFUSED_STREAM)
             return
-        if event.end:
-            call.feed(b"", 0, end=True)
-
-    def _body(self, event: http2.Body) -> None:
-        call = self.calls.get(event.stream)
-        if call is None:
-            self.http.taken(0, event.size)
+        sorted_fields = _sort(event.fields)
+        if sorted_fields is None:
+            self.http.refuse(stream, http2.PROTOCOL_ERROR)
             return
-        call.feed(event.data, event.size, end=event.end)
-
-
-class _Call:
-    """One call: its messages in, its answers out."""
-
-    def __init__(self, connection: _Connection, stream: int) -> None:
-        self._connection = connection
-        self._http = connection.http
-        self._stream = stream
-        self._handler: _Handler | None = None
-        self._context = Context()
-        self.task: asyncio.Task[None] | None = None
-        self._began = time.perf_counter()
-        # in
-        self._rest = bytearray()  # of a message that is not whole yet
-        self._inbox: deque[bytes] = deque()
-        self._inbox_bytes = 0
-        self._owed = 0  # bytes whose room the client gets back when its messages are taken
-        self._ended = False
-        self._arrived: asyncio.Future[None] | None = None
-        # out
-        self._headers_sent = False
-        self._outbox: deque[memoryview] = deque()
-        self._trailers: bytes | None = None
-        self._drained: asyncio.Future[None] | None = None
-
-    # -- in
-
-    def begin(self, handler: _Handler, fields: dict[str, str]) -> None:
-        """The headers are here. Raises InvalidArgument, Unimplemented."""
-        self._handler = handler
-        if fields.get("grpc-encoding", "identity") != "identity":
-            raise Unimplemented(f"grpc: Decompressor is not installed for grpc-encoding {fields['grpc-encoding']!r}")
-        deadline = None
-        if (text := fields.get("grpc-timeout")) is not None:
-            if (match := _TIMEOUT.fullmatch(text)) is None:
-                raise InvalidArgument(f"malformed grpc-timeout: {text!r}")
-            deadline = time.monotonic() + int(match[1]) * _UNITS[match[2]]
-        metadata = {
-            key: value
-            for key, value in fields.items()
-            if key[0] != ":" and not key.endswith("-bin") and key[:5] != "grpc-"
-        }
-        self._context = Context(metadata, deadline, "grpc")
-        if not handler.unary:
-            self._start(self._run_stream())
-
-    def feed(self, data: bytes, size: int, *, end: bool) -> None:
-        """Bytes of the request; `size` of them count for flow control."""
-        if self._handler is None or (self.task is not None and self.task.done()):
-            self._http.taken(self._stream, size)
-            return
-        self._rest += data
-        self._owed += size
-        try:
-            self._split()
-        except WherryError as error:
-            if self.task is not None:
-                self.task.cancel()
-            self.finish(error)
-            return
-        self._ended = self._ended or end
-        if self._inbox_bytes < _INBOX_BYTES:
-            self._give_back()
-        if self._handler.unary:
-            if self._ended and self.task is None:
-                self._start(self._run_unary())
-        elif self._arrived is not None and not self._arrived.done():
-            self._arrived.set_result(None)
-
-    def _split(self) -> None:
-        """Move whole messages to the inbox. Raises ResourceExhausted, Unimplemented."""
-        rest = self._rest
-        while len(rest) >= 5:
-            compressed, length = _PREFIX.unpack_from(rest)
-            if compressed:
-                raise Unimplemented("grpc: compressed message without grpc-encoding")
-            if length > self._connection.server.max_receive:
-                limit = self._connection.server.max_receive
-                raise ResourceExhausted(f"grpc: received message larger than max ({length} vs. {limit})")
-            if len(rest) < 5 + length:
-                return
-            self._inbox.append(bytes(rest[5 : 5 + length]))
-            self._inbox_bytes += length
-            del rest[: 5 + length]
-
-    def _give_back(self) -> None:
-        self._http.taken(self._stream, self._owed)
-        self._owed = 0
-
-    def _parse(self, data: bytes) -> Message:
-        handler = cast("_Handler", self._handler)
-        request = handler.method.request
-        try:
-            return request.FromString(data)
-        except DecodeError as error:
-            path = handler.method.path
-            raise InvalidArgument(f"{path}: the request is no {request.DESCRIPTOR.full_name}: {error}") from None
-
-    async def _requests(self) -> AsyncIterator[Message]:
-        """The messages of a stream of requests, as they come."""
-        while True:
-            while not self._inbox:
-                if self._ended:
-                    if self._rest:
-                        raise InvalidArgument("the stream ends within a message")
-                    return
-                self._arrived = self._connection.loop.create_future()
-                await self._arrived
-            data = self._inbox.popleft()
-            self._inbox_bytes -= len(data)
-            if self._owed and self._inbox_bytes < _INBOX_BYTES:
-                self._give_back()
-                self._connection.flush()
-            yield self._parse(data)
-
-    # -- the handler
-
-    def _start(self, work: Any) -> None:
-        self.task = self._connection.loop.create_task(work)
-
-    async def _run_unary(self) -> None:
-        handler = cast("_Handler", self._handler)
-        try:
-            request = self._parse(self._only())
-            async with _within(self._context):
-                response = await handler.function(request, self._context)
-            self._answer(response)
-        except BaseException as error:  # noqa: BLE001 -- the edge: whatever it is becomes a status, and is logged
-            self._fail(error)
-
-    async def _run_stream(self) -> None:
-        handler = cast("_Handler", self._handler)
-        method = handler.method
-        try:
-            async with _within(self._context):
-                requests = self._requests()
-                argument = requests if method.client_streaming else await anext(requests, None)
-                if argument is None:
-                    raise InvalidArgument(f"{method.path}: a call without a request")
-                if not method.server_streaming:
-                    self._answer(await cast("Awaitable[Message]", handler.function(argument, self._context)))
-                    return
-                # a generator that is left half-way lets go of what it holds now, not when it is collected
-                async with contextlib.aclosing(handler.function(argument, self._context)) as responses:
-                    async for response in responses:
-                        self._queue(response)
-                        self.push()
-                        self._connection.flush_soon()
-                        if self._outbox or not self._connection.writable:
-                            await self._sent()
-            self.finish(None)
-        except BaseException as error:  # noqa: BLE001 -- as above
-            self._fail(error)
-
-    def _only(self) -> bytes:
-        """The request of a call that has one. Raises InvalidArgument."""
-        if len(self._inbox) != 1 or self._rest:
-            raise InvalidArgument(f"{cast('_Handler', self._handler).method.path}: expected one request, whole")
-        return self._inbox[0]
-
-    def _fail(self, error: BaseException) -> None:
-        if isinstance(error, asyncio.CancelledError):
-            error = Cancelled("context canceled")
-        elif isinstance(error, TimeoutError):
-            error = DeadlineExceeded(f"{error}: deadline exceeded" if str(error) else "context deadline exceeded")
-        elif not isinstance(error, WherryError):
-            path = cast("_Handler", self._handler).method.path
-            log.error("call failed", method=path, exc_info=error)
-            if not isinstance(error, Exception):
-                raise error
-            error = WherryError(f"{path}: {type(error).__name__}: {error}")
-        self.finish(error)
-
-    def cancel(self) -> None:
-        """The client is gone, or gave the call up."""
-        self._connection.calls.pop(self._stream, None)
-        if self.task is not None:
-            self.task.cancel()
-
-    # -- out
-
-    def _answer(self, response: Message) -> None:
-        self._queue(response)
-        self.finish(None)
-
-    def _queue(self, response: Message) -> None:
-        payload = response.SerializeToString()
-        if len(payload) > self._connection.server.max_send:
-            limit = self._connection.server.max_send
-            raise ResourceExhausted(f"grpc: trying to send message larger than max ({len(payload)} vs. {limit})")
-        if not self._headers_sent and self._stream in self._connection.calls:
-            self._http.headers(self._stream, _OK_HEADERS, end=False)
-            self._headers_sent = True
-        self._outbox.append(memoryview(_PREFIX.pack(0, len(payload)) + payload))
-
-    def finish(self, error: WherryError | None) -> None:
-        """The answer is complete; with an error, what was not sent yet is dropped."""
-        self._log(error)
-        if self._stream not in self._connection.calls:
-            return  # nobody listens any more
-        if error is None:
-            if not self._headers_sent:  # a stream without any message still answers with headers
-                self._http.headers(self._stream, _OK_HEADERS, end=False)
-                self._headers_sent = True
-            self._trailers = _OK_TRAILERS
+        known, metadata = sorted_fields
+        content_type = metadata.get("content-type", "")
+        if known[":method"] != "POST":
+            self._no_grpc(stream, "405", f"grpc: method {known[':method']!r} is not POST")
+        elif content_type[:16] != "application/grpc" or content_type[16:17] not in ("", "+", ";"):
+            self._no_grpc(stream, "415", f"grpc: invalid content-type {content_type!r}")
         else:
-            self._outbox.clear()
-            fields = [("grpc-status", str(int(error.code))), ("grpc-message", _percent(error.message))]
-            if not self._headers_sent:
-                fields = [(":status", "200"), ("content-type", "application/grpc"), *fields]
-            self._trailers = hpack.encode(fields)
-        self.push()
-        self._connection.flush()
-
-    def _log(self, error: WherryError | None) -> None:
-        if self._handler is not None and logs.is_debug():
-            took = round((time.perf_counter() - self._began) * 1000, 3)
-            code = "OK" if error is None else type(error).__name__
-            log.debug("call", method=self._handler.method.path, ms=took, code=code)
-
-    def push(self) -> None:
-        """Put as much on the wire as the windows allow."""
-        while self._outbox and self._connection.writable:
-            size = min(self._http.room(self._stream), self._http.frame)
-            if size <= 0:
+            call = self.calls[stream] = Call(self, stream)
+            try:
+                call.begin(self.server.find(known[":path"]), known, metadata)
+            except WherryError as error:
+                call.finish(error)
                 return
-            piece = self._outbox[0]
-            self._http.data(self._stream, piece[:size])
-            if size < len(piece):
-                self._outbox[0] = piece[size:]
-            else:
-                self._outbox.popleft()
-        if self._outbox:
-            return
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
-        if self._trailers is not None and self._connection.calls.pop(self._stream, None) is not None:
-            self._http.headers(self._stream, self._trailers, end=True)
+            if event.end:
+                call.feed(b"", 0, end=True)
 
-    async def _sent(self) -> None:
-        """Wait until the outbox is empty."""
-        while self._outbox or not self._connection.writable:
-            self._drained = self._connection.loop.create_future()
-            await self._drained
+    def _no_grpc(self, stream: int, status: str, text: str) -> None:
+        """Answer something that isn't gRPC, in words that curl shows too."""
+        fields = [(":status", status), ("content-type", "application/grpc"), ("grpc-status", "3")]
+        self.http.headers(stream, hpack.encode([*fields, ("grpc-message", percent(text))]), end=True)
 
 
-def _within(context: Context) -> contextlib.AbstractAsyncContextManager[object]:
-    return contextlib.nullcontext() if context.deadline is None else asyncio.timeout(context.remaining())
+def _sort(fields: list[tuple[str, str]]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """A request's fields: pseudo-header fields and gRPC's own; the caller's metadata. None: malformed (8.1.1, 8.3.1).
 
-
-def _percent(text: str) -> str:
-    """A status's message as gRPC wants it: printable ASCII but `%` as it is, other bytes as %XX."""
-    if text.isascii() and text.isprintable() and "%" not in text:
-        return text
-    return "".join(chr(byte) if 0x20 <= byte < 0x7F and byte != 0x25 else f"%{byte:02X}" for byte in text.encode())
+    Of a name that is repeated the first value counts. Metadata of bytes (`-bin`) is for tracing, which isn't done here:
+    it is left out.
+    """
+    known: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for name, value in fields:
+        if name[:1] == ":":
+            if name in known or metadata or name not in _PSEUDO:
+                return None
+            known[name] = value
+        elif name[:5] == "grpc-":
+            known.setdefault(name, value)
+        elif name in _OTHERS or (name == "te" and value != "trailers"):
+            return None
+        elif name[-4:] != "-bin":
+            metadata.setdefault(name, value)
+    return (known, metadata) if ":method" in known and ":path" in known and ":scheme" in known else None

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from wherry.daemon.hpack import MAX_LIST_SIZE, Decoder, HpackError, ListTooLarge
+from wherry.daemon.hpack import MAX_LIST_SIZE, Decoder, HpackError, ListTooLarge, Malformed
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -114,7 +114,7 @@ class Connection:
         self._buffer = bytearray()
         self._decoder = Decoder()
         self._begun = False
-        self._settled = False
+        self.settled = False  # the peer has said that it speaks HTTP/2
         self._last = 0  # the highest stream that was seen
         self._accepted = 0  # the highest that was handed on
         self._leaving = False  # GOAWAY was sent
@@ -187,7 +187,7 @@ class Connection:
     def _frame(self, kind: int, flags: int, stream: int, payload: bytes, events: list[Event]) -> None:
         if self._block is not None and kind != CONTINUATION:
             raise ProtocolError(PROTOCOL_ERROR, "a header block was interrupted")
-        if not self._settled and kind != SETTINGS:
+        if not self.settled and kind != SETTINGS:
             raise ProtocolError(PROTOCOL_ERROR, "the first frame is not SETTINGS")
         handler = self._HANDLERS.get(kind)
         if handler is not None:  # an unknown type is ignored (4.1)
@@ -250,6 +250,8 @@ class Connection:
             fields = self._decoder.decode(block)
         except ListTooLarge as error:
             raise ProtocolError(ENHANCE_YOUR_CALM, str(error)) from error
+        except Malformed as error:
+            raise ProtocolError(PROTOCOL_ERROR, str(error)) from error
         except HpackError as error:
             raise ProtocolError(COMPRESSION_ERROR, str(error)) from error
         if stream <= self._last:
@@ -259,8 +261,7 @@ class Connection:
         if self._leaving:
             return  # sent before the client heard of it: it tries again elsewhere (6.8)
         if len(self._sending) >= MAX_STREAMS:
-            self._spend_reset()
-            self._out += frame(RST_STREAM, 0, stream, struct.pack(">L", REFUSED_STREAM))
+            self.refuse(stream, REFUSED_STREAM)
             return
         self._accepted = stream
         self._sending[stream] = self._peer_window
@@ -282,8 +283,7 @@ class Connection:
         if self._idle(stream):
             raise ProtocolError(PROTOCOL_ERROR, f"{what} on a stream that wasn't opened")
         if stream in self._sending:  # half closed by the peer itself
-            self._spend_reset()
-            self.reset(stream, STREAM_CLOSED)
+            self.refuse(stream, STREAM_CLOSED)
             events.append(Reset(stream, STREAM_CLOSED))
         # otherwise it was answered or reset, which the peer needn't have known when it sent this
 
@@ -313,10 +313,10 @@ class Connection:
         if len(payload) % 6 or (flags & ACK and payload):
             raise ProtocolError(FRAME_SIZE_ERROR, "SETTINGS")
         if flags & ACK:
-            if not self._settled:
+            if not self.settled:
                 raise ProtocolError(PROTOCOL_ERROR, "the first frame acknowledges SETTINGS")
             return
-        self._settled = True
+        self.settled = True
         window = self._peer_window
         for name, value in struct.iter_unpack(">HL", payload):
             if name == _INITIAL_WINDOW_SIZE:
@@ -410,6 +410,10 @@ class Connection:
             self._receiving[stream] += size
             self._out += frame(WINDOW_UPDATE, 0, stream, struct.pack(">L", size))
 
+    def is_open(self, stream: int) -> bool:
+        """Whether a stream still waits for its answer. A request may have been reset by bytes that came with it."""
+        return stream in self._sending
+
     def room(self, stream: int) -> int:
         """How many bytes may be sent on a stream now; 0 or less: wait for Writable."""
         return min(self._window, self._sending.get(stream, 0))
@@ -433,8 +437,9 @@ class Connection:
         self._sending[stream] -= len(payload)
         self._out += frame(DATA, 0, stream, payload)
 
-    def reset(self, stream: int, code: int) -> None:
-        """Give a stream up."""
+    def refuse(self, stream: int, code: int) -> None:
+        """Give a stream up for what its client did. Raises ProtocolError where it does so too often."""
+        self._spend_reset()
         self._out += frame(RST_STREAM, 0, stream, struct.pack(">L", code))
         self.forget(stream)
 
