@@ -160,14 +160,25 @@ def _write_tree(target: Path) -> None:
             version = project["project"]["version"]
             metadata.write_text(f"Metadata-Version: 2.1\nName: wherry\nVersion: {version}\n")
             tar.add(metadata, f"{SITE}/wherry-{version}.dist-info/METADATA", filter=_clean)
-            for name, entry in project["project"]["scripts"].items():
-                module, _, function = entry.partition(":")
+            for name, text in _scripts(project).items():
                 script = Path(scripts) / name
-                script.write_text(_SCRIPT.format(module=module, function=function))
+                script.write_text(text)
                 script.chmod(0o755)
                 tar.add(script, f"opt/wherry/bin/{name}", filter=_clean)
     with open(target, "ab") as disk:
         disk.write(b"\0" * (-disk.tell() % 512))
+
+
+def _scripts(project: dict[str, Any]) -> dict[str, str]:
+    """The commands that pip would put into `bin`: entry points, and script files with their first line adapted."""
+    texts: dict[str, str] = {}
+    for name, entry in project["project"]["scripts"].items():
+        module, _, function = entry.partition(":")
+        texts[name] = _SCRIPT.format(module=module, function=function)
+    for file in project["tool"]["setuptools"].get("script-files", []):
+        _, _, rest = (REPOSITORY / file).read_text().partition("\n")
+        texts[Path(file).name] = f"#!/opt/wherry/bin/python\n{rest}"
+    return texts
 
 
 def _add_package(tar: tarfile.TarFile, folder: Path, name: str) -> None:
