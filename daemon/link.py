@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -23,6 +24,9 @@ from wherry.shim.client import Bootstrap, DeadShim, ShimLog
 
 Key = tuple[str, str]  # namespace, id
 R = TypeVar("R", bound=Message)
+
+# a process that forks while it is looked for is found in the next round; what was killed is seen until it is reaped
+_KILL_ROUNDS = 20
 
 _CALL = 30.0  # seconds; a call without a limit of its own: the shim's work is local and short, a loaded machine is slow
 
@@ -89,6 +93,11 @@ class Shim:
         return False
 
     @property
+    def met(self) -> bool:
+        """Whether there ever was a connection."""
+        return self._client is not None
+
+    @property
     def connected(self) -> bool:
         """Whether there is a connection."""
         return self._client is not None and not self._client.closed
@@ -145,3 +154,26 @@ class Places:
     def socket(self, key: Key) -> str:
         """The socket of our own shim for a task: always the same, so that a restart finds one it knows nothing of."""
         return os.path.join(self.sockets, hashlib.sha256("/".join(key).encode()).hexdigest()[:32])
+
+
+def kill_remains(namespace: str, identity: str, address: str) -> None:
+    """SIGKILL to our own shim of a task and to what it forked and what has not become a container yet, by their titles.
+
+    Looks through all processes: for the rare case of a shim that died or doesn't leave.
+    """
+    title = f"containerd-shim-wherry-v1 -namespace {namespace} -id {identity} -address {address}".encode().split()
+    for _ in range(_KILL_ROUNDS):
+        found = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if _command_line(pid)[: len(title)] == title]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def _command_line(pid: str) -> list[bytes]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read(4096).replace(b"\0", b" ").split()
+    except OSError:
+        return []  # gone meanwhile

@@ -34,7 +34,7 @@ from wherry.core.typeurl import is_a, unpack_as
 from wherry.daemon import logs
 from wherry.daemon.bundle import Bundle, Launch, find
 from wherry.daemon.events import Exchange
-from wherry.daemon.link import Key, Limits, Places, Shim
+from wherry.daemon.link import Key, Limits, Places, Shim, kill_remains
 from wherry.proto import events_pb2, runc_options_pb2
 from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
 from wherry.proto import task_v3_pb2 as task
@@ -170,13 +170,11 @@ class Shims:
         """Take back a shim whose task was not created. A failure here is logged: the first error is the one to tell."""
         shim.leaving = True
         try:
-            if not shim.connected and not shim.launch.binary:
+            if not shim.met and not shim.launch.binary:
                 with contextlib.suppress(WherryError):  # it may have been forked although the answer never came
                     await shim.connect(_CONNECT, self._closed)
-            if shim.connected:
-                await self._leave(shim, now=True)
-            else:  # it died, perhaps in the middle of making the container
-                await shim.hang_up()
+            if not await self._leave(shim, now=True):
+                # it died, perhaps in the middle of making the container; what it forked may still hold its socket
                 await self._delete_dead(shim)
         except (WherryError, OSError) as error:
             log.error("could not take back a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
@@ -220,16 +218,19 @@ class Shims:
                     await shim.call("Wait", wait, task.WaitResponse, self._limits.cleanup)
         self.end(shim)
 
-    async def _leave(self, shim: Shim, *, now: bool) -> None:
-        """Tell a shim to exit and wait until it has; one that doesn't is killed."""
+    async def _leave(self, shim: Shim, *, now: bool) -> bool:
+        """Tell a shim to exit and wait until it has; one that doesn't is killed. Whether it said that it would."""
+        answered = False
         if shim.connected:
-            with contextlib.suppress(WherryError):  # a shim that is going may hang up before it answers
+            with contextlib.suppress(WherryError):
                 request = task.ShutdownRequest(id=shim.bundle.id, now=now)
                 await shim.call("Shutdown", request, empty_pb2.Empty, self._limits.shutdown)
+                answered = True
             if not await shim.wait_closed(self._limits.shutdown):
                 log.warning("shim does not leave, it is killed", namespace=shim.key[0], id=shim.key[1])
-                _kill(shim)
+                kill_remains(*shim.key, self._places.grpc_address)
         await shim.hang_up()
+        return answered
 
     async def _remove(self, shim: Shim) -> None:
         """Remove what a shim leaves on disk; errors are logged, the record of it is gone already."""
@@ -284,6 +285,8 @@ class Shims:
     async def _delete_dead(self, shim: Shim) -> DeadShim:
         bundle, launch = shim.bundle, shim.launch
         if not launch.binary:
+            # what it had forked to make the container may be half-way still, and would go on behind the clean-up's back
+            kill_remains(bundle.namespace, bundle.id, self._places.grpc_address)
             return await self._forks.delete(self._request(bundle, any_pb2.Any()))
         answer = await delete_shim(self._foreign(bundle, launch), within=self._limits.cleanup)
         exited_at = answer.exited_at.ToNanoseconds() or time.time_ns()
@@ -450,18 +453,3 @@ class Shims:
 def timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:
     """The message for nanoseconds since the epoch."""
     return timestamp_pb2.Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
-
-
-def _kill(shim: Shim) -> None:
-    """SIGKILL to a shim of ours; its pid is believed only while the process still names its container."""
-    pid = shim.bootstrap.pid
-    if not pid:
-        return
-    with contextlib.suppress(OSError):
-        handle = os.pidfd_open(pid)
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                if shim.bundle.id.encode() in file.read():
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-        finally:
-            os.close(handle)
