@@ -90,6 +90,9 @@ RECURSIVE: dict[str, tuple[int, int]] = {
     "rsymfollow": (0, sc.MOUNT_ATTR_NOSYMFOLLOW),
 }
 
+OURS = frozenset(("tmpcopyup", "idmap", "ridmap"))
+"""Options that a runtime itself carries out."""
+
 _NAMES = (
     (sc.MS_RDONLY, "MS_RDONLY"),
     (sc.MS_NOSUID, "MS_NOSUID"),

@@ -127,6 +127,7 @@ _NR_FSCONFIG = 431
 _NR_FSMOUNT = 432
 _NR_CLOSE_RANGE = 436
 _NR_OPENAT2 = 437
+_NR_PIDFD_GETFD = 438
 _NR_MOUNT_SETATTR = 442
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -470,6 +471,11 @@ _LOCK_EX, _LOCK_NB = 2, 4
 def pidfd_send_signal(fd: int, number: int) -> None:
     """pidfd_send_signal(2); `signal.pidfd_send_signal` without the import of `signal`."""
     _call(_NR_PIDFD_SEND_SIGNAL, _int(fd), _int(number), _ptr(None), ctypes.c_uint(0), name=f"signal {number}")
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """pidfd_getfd(2), Linux 5.6: a copy of another process's descriptor, close-on-exec."""
+    return _call(_NR_PIDFD_GETFD, _int(pidfd), _int(number), ctypes.c_uint(0), name=f"descriptor {number}")
 
 
 def reset_signals() -> None:

@@ -65,6 +65,7 @@ def _request(context: Context, flags: Flags, container_id: str) -> container.Cre
         no_new_keyring=flags["no-new-keyring"],
         preserve_fds=preserved(flags),
         systemd_cgroup=context.systemd_cgroup,
+        notify="NOTIFY_SOCKET" in os.environ,
     )
 
 

@@ -45,7 +45,7 @@ class CreateRequest:
     """Parameters of `create`, never changed afterwards.
 
     root: folder of all states (`--root`); id: the container's; bundle: folder with config.json; spec: the parsed
-    config.json, or None to read it from the bundle.
+    config.json, or None to read it from the bundle. notify: the caller is a service of systemd's (`notify.py`).
     """
 
     __slots__ = (
@@ -55,6 +55,7 @@ class CreateRequest:
         "id",
         "no_new_keyring",
         "no_pivot",
+        "notify",
         "pid_file",
         "preserve_fds",
         "root",
@@ -78,6 +79,7 @@ class CreateRequest:
         no_new_keyring: bool = False,
         preserve_fds: int = 0,
         systemd_cgroup: bool = False,
+        notify: bool = False,
     ) -> None:
         self.root = root
         self.id = id
@@ -91,6 +93,7 @@ class CreateRequest:
         self.no_new_keyring = no_new_keyring
         self.preserve_fds = preserve_fds
         self.systemd_cgroup = systemd_cgroup
+        self.notify = notify
 
 
 class ExecRequest:
@@ -145,8 +148,26 @@ def preload() -> None:
     import select  # noqa: F401
 
     from wherry.linux import cgroups
-    from wherry.linux.cgroups import v1, v2  # noqa: F401
-    from wherry.runtime import console, copyup, create, execute, hook_process, lifecycle, sealed, seccomp  # noqa: F401
+    from wherry.linux.cgroups import (  # noqa: F401
+        systemd,
+        v1,
+        v2,
+    )
+    from wherry.runtime import (  # noqa: F401
+        console,
+        copyup,
+        create,
+        execute,
+        hook_process,
+        idmap,
+        lifecycle,
+        listener,
+        netdevices,
+        sealed,
+        seccomp,
+        settings,
+        spec_rare,
+    )
 
     cgroups.host()
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from wherry.runtime.channel import Channel
     from wherry.runtime.container import CreateRequest, ExecRequest
 
 
@@ -36,15 +37,13 @@ def create(request: CreateRequest, meanwhile: Callable[[], None] | None = None) 
     made = state.State(request.root, request.id)
     made.make()
     lock = state.Lock(made)
-    plan = Plan(made, config, config["process"])
-    plan.no_pivot = request.no_pivot
-    plan.no_new_keyring = request.no_new_keyring
-    plan.preserve_fds = request.preserve_fds
-    plan.stdio = request.stdio
+    if request.notify:
+        config = _with_notify(made, config)
+    plan = _plan(request, made, config)
     fresh_cgroup = False
     try:
         _describe(made, config, bundle, rootfs)
-        plan.cgroup = _plan_cgroup(plan.linux.get("cgroupsPath") or "", request.id, systemd=request.systemd_cgroup)
+        plan.cgroup = _plan_cgroup(plan, plan.linux.get("cgroupsPath") or "", systemd=request.systemd_cgroup)
         made.cgroup_paths = plan.cgroup.paths
         made.save()
         fresh_cgroup = not plan.cgroup.exists()
@@ -73,8 +72,26 @@ def create(request: CreateRequest, meanwhile: Callable[[], None] | None = None) 
             raise ContainerError(make.FAILED_START + _text(error)) from error
         raise
     finally:
+        if plan.unit is not None:
+            plan.unit.settle()
         lock.close()
         _close(plan, request.console_fd)
+
+
+def _plan(request: CreateRequest, made: state.State, config: dict[str, Any]) -> Plan:
+    plan = Plan(made, config, config["process"])
+    plan.no_pivot = request.no_pivot
+    plan.no_new_keyring = request.no_new_keyring
+    plan.preserve_fds = request.preserve_fds
+    plan.stdio = request.stdio
+    return plan
+
+
+def _with_notify(made: state.State, config: dict[str, Any]) -> dict[str, Any]:
+    from wherry.runtime import notify
+
+    notify.make_folder(made.folder)
+    return notify.prepare(config, made.folder)
 
 
 def _text(error: BaseException) -> str:
@@ -111,33 +128,42 @@ def _describe(made: state.State, config: dict[str, Any], bundle: str, rootfs: st
             made.owner = str(uid)
 
 
-def _plan_cgroup(path: str, container_id: str, *, systemd: bool) -> Any:
-    """The cgroup of `cgroupsPath`. systemd's form SLICE:PREFIX:NAME means SLICE's path and the scope PREFIX-NAME."""
+def _plan_cgroup(plan: Plan, path: str, *, systemd: bool) -> Any:
+    """The cgroup of `cgroupsPath`; with `--systemd-cgroup` that of a unit, which `_fill_cgroup` has systemd make.
+
+    systemd's form SLICE:PREFIX:NAME without the flag means the same directories, made without asking anybody.
+    """
     from wherry.linux import cgroups
 
-    if systemd or path.count(":") == 2:
-        parts = path.split(":") if path else ["system.slice", "wherry", container_id]
-        if len(parts) != 3:
-            expected = 'expected cgroupsPath to be of format "slice:prefix:name" for systemd cgroups'
-            raise ContainerError(f'linux.cgroupsPath: {expected}, got "{path}" instead', INVALID)
-        slice_name, prefix, name = parts
-        unit = f"{prefix}-{name}.scope" if prefix else f"{name}.scope"
-        path = f"{_slice_path(slice_name or 'system.slice')}/{unit}"
-    return cgroups.plan(path, container_id)
+    if not systemd and path.count(":") != 2:
+        return cgroups.plan(path, plan.state.id)
+    from wherry.linux.cgroups import systemd as units
 
-
-def _slice_path(name: str) -> str:
-    """`a-b.slice` lies in `a.slice`: each dash is a level (systemd.slice(5))."""
-    if name == "-.slice":
-        return ""
-    stem = name.removesuffix(".slice")
-    if not stem or "/" in stem:
-        raise ContainerError(f"linux.cgroupsPath: invalid slice name: {name}", INVALID)
-    levels = stem.split("-")
-    return "".join(f"/{'-'.join(levels[: n + 1])}.slice" for n in range(len(levels)))
+    user = os.geteuid() != 0
+    if systemd and not units.running():
+        raise ContainerError("systemd not running on this host, cannot use systemd cgroups manager", PRECONDITION)
+    try:
+        slice_name, unit = units.split_path(path, plan.state.id, user=user)
+        directory = f"{units.slice_path(slice_name)}/{unit}"
+    except ValueError as error:
+        raise ContainerError(f"linux.cgroupsPath: {error}", INVALID) from None
+    if systemd:
+        plan.unit = units.Unit(unit, user=user)
+        plan.slice = slice_name
+        plan.state.unit = unit
+        directory = units.manager_cgroup(user=user) + directory
+    return cgroups.plan(directory, plan.state.id)
 
 
 def _fill_cgroup(plan: Plan) -> None:
+    if plan.unit is not None:
+        from wherry.linux.dbus import DBusError
+
+        about = f"wherry container {plan.state.id}"
+        try:
+            plan.unit.start(plan.slice, about, plan.linux.get("resources") or {}, plan.state.annotations)
+        except DBusError as error:
+            raise ContainerError(f"unable to start unit {plan.unit.name!r}: {error}") from None
     plan.cgroup.create()
     resources = dict(plan.linux.get("resources") or {})
     resources["devices"] = resources.get("devices") or []
@@ -150,8 +176,14 @@ def _open_files(plan: Plan, request: CreateRequest) -> None:
     plan.failure = os.open(plan.state.failure, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     _open_console(plan, request.console_socket, request.console_fd)
     _compile_seccomp(plan)
-    if any("tmpcopyup" in (item.get("options") or ()) for item in plan.spec.get("mounts") or ()):
-        from wherry.runtime import copyup  # noqa: F401
+    for number, item in enumerate(plan.spec.get("mounts") or ()):
+        options = item.get("options") or ()
+        if "tmpcopyup" in options:
+            from wherry.runtime import copyup  # noqa: F401
+        if "idmap" in options or "ridmap" in options or item.get("uidMappings"):
+            from wherry.runtime import idmap
+
+            plan.trees[number] = idmap.prepare(plan, item)
 
 
 def _open_console(plan: Plan, path: str, fd: int) -> None:
@@ -195,9 +227,15 @@ def _undo(plan: Plan, error: BaseException, *, fresh_cgroup: bool) -> None:
     """Cgroup and state folder go; the process is gone already. What can't be undone is added to the error."""
     if fresh_cgroup:
         try:
+            if plan.unit is not None:
+                plan.unit.settle()
             plan.cgroup.kill()
+            if plan.unit is not None:
+                from wherry.runtime import lifecycle
+
+                lifecycle.stop_unit(plan.state)
             plan.cgroup.delete()
-        except (OSError, WherryError) as problem:
+        except (OSError, WherryError, ContainerError) as problem:
             error.add_note(f"the cgroup could not be removed: {problem}")
     try:
         plan.state.remove()
@@ -239,7 +277,7 @@ def exec_process(request: ExecRequest) -> int:
                 make.write_pid_file(request.pid_file, pid)
 
         try:
-            pid, channel = make.spawn(plan, execute.run)
+            pid, channel = _spawn_on(plan, execute.run)
         except OSError as error:
             if error.errno != errno.EBUSY or plan.cgroup_fd < 0:
                 raise
@@ -253,6 +291,20 @@ def exec_process(request: ExecRequest) -> int:
         raise ContainerError(make.FAILED_START + _text(error), exit_code=255) from error
     finally:
         _close(plan, request.console_fd)
+
+
+def _spawn_on(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channel]:
+    """`make.spawn` with `execCPUAffinity.initial`: the CPUs until the process is in its cgroup."""
+    if not plan.process.get("execCPUAffinity"):
+        return make.spawn(plan, body)
+    from wherry.runtime import settings
+
+    before = os.sched_getaffinity(0)
+    try:
+        settings.set_affinity(plan.process, "initial")
+        return make.spawn(plan, body)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _sub_cgroups(paths: dict[str, str], wanted: list[str]) -> dict[str, str]:

@@ -79,7 +79,7 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
             os.close(root.fd)
         kernel.write_label(label, plan.process)
         kernel.set_personality(plan.linux)
-        program, env = init.finish(plan)
+        program, env = init.finish(plan, channel)
         channel.send("waiting")
         channel.expect("recorded")
         sc.execve(program, plan.process["args"], env)

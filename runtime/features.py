@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from wherry.linux import capabilities, mounts, namespaces
-from wherry.runtime import hooks, spec
+from wherry.linux.libseccomp import Arch
+from wherry.runtime import hooks, seccomp, settings, spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ _SECCOMP_ACTIONS = (
     "SCMP_ACT_KILL_PROCESS",
     "SCMP_ACT_KILL_THREAD",
     "SCMP_ACT_LOG",
+    "SCMP_ACT_NOTIFY",
     "SCMP_ACT_TRACE",
     "SCMP_ACT_TRAP",
 )
@@ -28,17 +30,6 @@ _SECCOMP_OPERATORS = (
     "SCMP_CMP_MASKED_EQ",
     "SCMP_CMP_NE",
 )
-_SECCOMP_ARCHITECTURES = (
-    "SCMP_ARCH_AARCH64",
-    "SCMP_ARCH_ARM",
-    "SCMP_ARCH_PPC64LE",
-    "SCMP_ARCH_RISCV64",
-    "SCMP_ARCH_S390X",
-    "SCMP_ARCH_X32",
-    "SCMP_ARCH_X86",
-    "SCMP_ARCH_X86_64",
-)
-_SECCOMP_FLAGS = ("SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_TSYNC")
 
 
 def describe() -> dict[str, Any]:
@@ -48,23 +39,26 @@ def describe() -> dict[str, Any]:
         "ociVersionMin": "1.0.0",
         "ociVersionMax": spec.SPEC_VERSION,
         "hooks": list(hooks.KINDS),
-        "mountOptions": sorted({*mounts.FLAGS, *mounts.PROPAGATION, *mounts.RECURSIVE, "tmpcopyup"}),
+        "mountOptions": sorted({*mounts.FLAGS, *mounts.PROPAGATION, *mounts.RECURSIVE, *mounts.OURS}),
         "linux": {
             "namespaces": sorted(namespaces.supported()),
             "capabilities": [name for name, number in capabilities.NUMBERS.items() if number <= last],
-            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
+            "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": True, "rdma": True},
             "seccomp": {
                 "enabled": True,
                 "actions": list(_SECCOMP_ACTIONS),
                 "operators": list(_SECCOMP_OPERATORS),
-                "archs": list(_SECCOMP_ARCHITECTURES),
-                "knownFlags": list(_SECCOMP_FLAGS),
-                "supportedFlags": list(_SECCOMP_FLAGS),
+                "archs": sorted(f"SCMP_ARCH_{name}" for name in Arch.__members__),
+                "knownFlags": sorted(seccomp.FLAGS),
+                "supportedFlags": sorted(seccomp.FLAGS),
             },
             "apparmor": {"enabled": True},
             "selinux": {"enabled": True},
             "intelRdt": {"enabled": False},
-            "mountExtensions": {"idmap": {"enabled": False}},
+            "memoryPolicy": {"modes": sorted(settings.MEMORY_MODES), "flags": sorted(settings.MEMORY_FLAGS)},
+            "mountExtensions": {"idmap": {"enabled": True}},
+            "netDevices": {"enabled": True},
         },
         "annotations": {},
+        "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."],
     }

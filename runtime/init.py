@@ -9,6 +9,8 @@
       │      (only with a user namespace:            │
       │◀──────────── map ────────────────────────────┤
       ├──── mapped ─────────────────────────────────▶│ becomes its root, forks once more: `child`)
+      │◀─────────── network ─────────────────────────┤ (only with netDevices, which the runtime then moves here)
+      ├──── go ─────────────────────────────────────▶│
       │                                              │ mounts
       │◀─────────── hooks ───────────────────────────┤ (only if there are any)
       │ prestart, createRuntime hooks                │
@@ -16,6 +18,8 @@
       │◀─────────── ready ───────────────────────────┤
       │ rlimits, oom_score_adj                       │
       ├──── go ─────────────────────────────────────▶│ user, capabilities, seccomp; is the program there?
+      │◀─────────── seccomp ─────────────────────────┤ (only with a listener: its descriptor's number)
+      ├──── go ─────────────────────────────────────▶│
       │◀─────────── waiting ─────────────────────────┤
       │ writes state.json, pid file                  │
       ├──── recorded ───────────────────────────────▶│ waits at exec.fifo; the channel is closed
@@ -62,7 +66,7 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
         channel.send("ready")
         channel.expect("go")
         phase = ""
-        program, env = finish(plan)
+        program, env = finish(plan, channel)
         channel.send("waiting")
         channel.expect("recorded")
         channel.close()
@@ -150,8 +154,12 @@ def build(plan: Plan, channel: Channel) -> None:
         kernel.join_keyring(plan.state.id)
     if "network" in plan.new:
         kernel.loopback_up()
+    if linux.get("netDevices"):
+        channel.send("network")
+        channel.expect("go")
     kernel.check_labels(plan.process, linux)
     rootfs = Rootfs(plan.state.rootfs, plan.spec, plan.state.bundle, plan.cgroup.paths if plan.cgroup else {})
+    rootfs.trees = plan.trees
     if has_mounts:
         rootfs.prepare()
         rootfs.mount_all()
@@ -196,14 +204,14 @@ def _state(plan: Plan, status: str) -> dict[str, Any]:
 # -- the user's process -----------------------------------------------------------------------------------------------
 
 
-def finish(plan: Plan) -> tuple[str, list[str]]:
+def finish(plan: Plan, channel: Channel) -> tuple[str, list[str]]:
     """Give up what the configuration doesn't grant; returns the program's path and environment."""
     proc = plan.process
-    kernel.set_scheduling(proc)
+    kernel.set_rare(plan)
     if proc.get("noNewPrivileges"):
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
     elif plan.seccomp is not None:
-        kernel.load_seccomp(plan)  # without no_new_privs it takes the rights that `become` gives up
+        kernel.load_seccomp(plan, channel)  # without no_new_privs it takes the rights that `become` gives up
     if plan.console >= 0:
         os.close(plan.console)
         plan.console = -1
@@ -211,7 +219,7 @@ def finish(plan: Plan) -> tuple[str, list[str]]:
     identity.become(proc, preserve_fds=plan.preserve_fds)
     program = identity.find_program(proc["args"][0], env)
     if proc.get("noNewPrivileges") and plan.seccomp is not None:
-        kernel.load_seccomp(plan)
+        kernel.load_seccomp(plan, channel)
     return program, env
 
 

@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from wherry.runtime.channel import Channel
     from wherry.runtime.plan import Plan
 
 _PER_LINUX, _PER_LINUX32 = 0x0000, 0x0008
@@ -22,25 +23,6 @@ _IFF_UP = 1
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _AF_INET, _SOCK_DGRAM_CLOEXEC = 2, 2 | os.O_CLOEXEC
 _KEY_SEARCH_FOR_POSSESSOR = 0x080000
-_IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
-_POLICIES = {
-    "SCHED_OTHER": 0,
-    "SCHED_FIFO": 1,
-    "SCHED_RR": 2,
-    "SCHED_BATCH": 3,
-    "SCHED_ISO": 4,
-    "SCHED_IDLE": 5,
-    "SCHED_DEADLINE": 6,
-}
-_POLICY_FLAGS = {
-    "SCHED_FLAG_RESET_ON_FORK": 1,
-    "SCHED_FLAG_RECLAIM": 2,
-    "SCHED_FLAG_DL_OVERRUN": 4,
-    "SCHED_FLAG_KEEP_POLICY": 8,
-    "SCHED_FLAG_KEEP_PARAMS": 16,
-    "SCHED_FLAG_UTIL_CLAMP_MIN": 32,
-    "SCHED_FLAG_UTIL_CLAMP_MAX": 64,
-}
 
 
 def join_keyring(container_id: str) -> None:
@@ -104,36 +86,24 @@ def write_time_offsets(linux: dict[str, Any], new: list[str]) -> None:
 
 
 def set_personality(linux: dict[str, Any]) -> None:
-    wanted = linux.get("personality") or {}
-    domain = wanted.get("domain")
-    if not domain:
-        return
-    if domain not in ("LINUX", "LINUX32"):
-        raise ContainerError(f"linux.personality.domain: unknown domain {domain!r}")
-    sc.personality(_PER_LINUX if domain == "LINUX" else _PER_LINUX32)
+    domain = (linux.get("personality") or {}).get("domain")
+    if domain:
+        sc.personality(_PER_LINUX if domain == "LINUX" else _PER_LINUX32)
 
 
-def set_scheduling(process: dict[str, Any]) -> None:
-    """`process.scheduler` and `process.ioPriority`."""
-    priority = process.get("ioPriority")
-    if priority:
-        class_ = _IO_CLASSES.get(priority.get("class", ""))
-        if class_ is None:
-            raise ContainerError(f"process.ioPriority.class: unknown class {priority.get('class')!r}")
-        sc.ioprio_set(1, 0, class_ << 13 | (priority.get("priority") or 0))
-    wanted = process.get("scheduler")
-    if wanted:
-        policy = _POLICIES.get(wanted.get("policy", ""))
-        if policy is None:
-            raise ContainerError(f"process.scheduler.policy: unknown policy {wanted.get('policy')!r}")
-        flags = sum(_POLICY_FLAGS.get(name, 0) for name in wanted.get("flags") or ())
-        import struct
+def set_rare(plan: Plan) -> None:
+    """Scheduler, I/O priority, memory policy, the CPUs of exec: whatever of it is configured."""
+    process, linux = plan.process, plan.linux
+    if process.get("scheduler") or process.get("ioPriority") or process.get("execCPUAffinity"):
+        from wherry.runtime import settings
 
-        attr = struct.pack(
-            "=IIQiIQQQ", 48, policy, flags, wanted.get("nice") or 0, wanted.get("priority") or 0,
-            wanted.get("runtime") or 0, wanted.get("deadline") or 0, wanted.get("period") or 0,
-        )  # fmt: skip
-        sc.sched_setattr(0, attr)
+        settings.set_scheduling(process)
+        if plan.is_exec:
+            settings.set_affinity(process, "final")
+    if linux.get("memoryPolicy"):
+        from wherry.runtime import settings
+
+        settings.set_memory_policy(linux)
 
 
 # -- security modules -------------------------------------------------------------------------------------------------
@@ -182,10 +152,15 @@ def write_label(fd: int, process: dict[str, Any]) -> None:
         os.close(fd)
 
 
-def load_seccomp(plan: Plan) -> None:
+def load_seccomp(plan: Plan, channel: Channel) -> None:
+    """Load the filter; the listener of SCMP_ACT_NOTIFY goes to the runtime, which gives it to the agent."""
     from wherry.runtime import seccomp
 
     if plan.seccomp is None:
         return
     listener = seccomp.uses_notify(plan.linux.get("seccomp") or {})
-    seccomp.load_filter(plan.seccomp, plan.seccomp_flags, listener=listener)
+    fd = seccomp.load_filter(plan.seccomp, plan.seccomp_flags, listener=listener)
+    if fd >= 0:
+        channel.send("seccomp", fd)
+        channel.expect("go")
+        os.close(fd)

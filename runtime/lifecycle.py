@@ -35,6 +35,27 @@ def _cgroup_failure(what: str, error: BaseException) -> ContainerError:
     return ContainerError(f"{what}: {text}")
 
 
+def stop_unit(found: state.State) -> None:
+    """Take systemd's unit of a container away. ContainerError."""
+    from wherry.linux.cgroups import systemd  # noqa: PLC0415 - most cgroups aren't systemd's
+    from wherry.linux.dbus import DBusError  # noqa: PLC0415
+
+    try:
+        systemd.Unit(found.unit, user=os.geteuid() != 0).stop()
+    except (DBusError, OSError) as error:
+        raise ContainerError(f"unable to stop unit {found.unit!r}: {error}") from None
+
+
+def _update_unit(found: state.State, resources: dict[str, Any]) -> None:
+    from wherry.linux.cgroups import systemd  # noqa: PLC0415
+    from wherry.linux.dbus import DBusError  # noqa: PLC0415
+
+    try:
+        systemd.Unit(found.unit, user=os.geteuid() != 0).update(resources)
+    except (DBusError, ValueError) as error:
+        raise ContainerError(f"unable to update unit {found.unit!r}: {error}") from None
+
+
 # -- start ------------------------------------------------------------------------------------------------------------
 
 
@@ -73,12 +94,27 @@ class Starting:
 
 def start(root: str, container_id: str) -> None:
     """See `container.start`."""
-    starting = Starting(root, container_id)
+    proxy = _notify_proxy(root, container_id) if os.environ.get("NOTIFY_SOCKET") else None
     try:
-        _wait_for_exec(starting.fd)
-        starting.finish()
+        starting = Starting(root, container_id)
+        try:
+            _wait_for_exec(starting.fd)
+            starting.finish()
+        finally:
+            starting.close()
+        if proxy:
+            proxy.relay()
     finally:
-        starting.close()
+        if proxy:
+            proxy.close()
+
+
+def _notify_proxy(root: str, container_id: str) -> Any:
+    from wherry.runtime import notify  # noqa: PLC0415 - few containers are services of systemd's
+
+    found = state.load(root, container_id)
+    host = notify.wanted(found)
+    return notify.Proxy(found, host) if host else None
 
 
 def _open_fifo(found: state.State) -> int:
@@ -208,6 +244,8 @@ def destroy(found: state.State) -> None:
             cgroup = _cgroup(found)
             if not _has_own_pids(found):  # or not known: then nobody took init away with its namespace
                 cgroup.kill()
+            if found.unit:
+                stop_unit(found)
             cgroup.delete()
         except (OSError, WherryError) as error:
             raise _cgroup_failure("unable to remove the container's cgroup", error) from error
@@ -245,6 +283,8 @@ def update(root: str, container_id: str, resources: dict[str, Any]) -> None:
     if found.status() == state.STOPPED:
         raise ContainerError("container not running", PRECONDITION)
     try:
+        if found.unit:
+            _update_unit(found, resources)
         _cgroup(found).apply(resources)
     except (OSError, WherryError) as error:
         raise _cgroup_failure("unable to update", error) from error

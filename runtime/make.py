@@ -87,18 +87,15 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
                 if settled:
                     return child
                 raise ContainerError(FAILED_START + _death(child))
-            if kind == "map":
-                _write_mappings(child, plan.linux)
-                channel.send("mapped")
-            elif kind == "child":
+            if kind == "child":
                 os.waitpid(child, 0)
                 child = int(value)
-            elif kind == "hooks":
-                _run_host_hooks(plan, child)
-                channel.send("go")
             elif kind == "ready":
                 _limit(plan, child)
                 channel.send("go")
+            elif kind in ("map", "hooks", "network", "seccomp"):
+                _serve(plan, child, kind, value)
+                channel.send("mapped" if kind == "map" else "go")
             elif kind == "waiting":
                 recorded(child)
                 channel.send("recorded")
@@ -110,6 +107,25 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
         raise
     finally:
         channel.close()
+
+
+def _serve(plan: Plan, pid: int, kind: str, value: Any) -> None:
+    """What a child asks for that not every configuration has."""
+    if kind == "map":
+        _write_mappings(pid, plan.linux)
+        return
+    if kind == "hooks":
+        _run_host_hooks(plan, pid)
+        return
+    from wherry.runtime import listener, netdevices  # noqa: PLC0415
+
+    try:
+        if kind == "network":
+            netdevices.move(plan.linux["netDevices"], pid)
+        else:
+            listener.send(plan, pid, int(value))
+    except ContainerError as error:
+        raise ContainerError(FAILED_START + error.message) from None
 
 
 def abandon(pid: int, channel: Channel) -> None:

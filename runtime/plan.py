@@ -36,10 +36,13 @@ class Plan:
         self.joined: dict[str, int] = {}
         self.cgroup: Any = None
         self.cgroup_fd = -1
+        self.unit: Any = None  # `cgroups.systemd.Unit`, where systemd makes the cgroup, in this slice
+        self.slice = ""
         self.fifo = -1
         self.failure = -1
         self.console = -1
         self.stdio: tuple[int, int, int] | None = None
+        self.trees: dict[int, int] = {}  # number of an idmapped mount → its detached tree
         self.preserve_fds = 0
         self.no_pivot = False
         self.no_new_keyring = False
@@ -66,15 +69,16 @@ class Plan:
 
     def close(self) -> None:
         """Close what was opened for the child."""
-        for fd in (*self.joined.values(), self.cgroup_fd, self.fifo, self.failure):
+        for fd in (*self.joined.values(), *self.trees.values(), self.cgroup_fd, self.fifo, self.failure):
             if fd >= 0:
                 os.close(fd)
         self.joined = {}
+        self.trees = {}
         self.cgroup_fd = self.fifo = self.failure = -1
 
     def kept(self, channel: Channel) -> list[int]:
         """The descriptors that the child still needs."""
-        fds = {0, 1, 2, *range(3, 3 + self.preserve_fds), *channel.fds(), *self.joined.values()}
+        fds = {0, 1, 2, *range(3, 3 + self.preserve_fds), *channel.fds(), *self.joined.values(), *self.trees.values()}
         fds |= {self.fifo, self.failure, self.console, self.cgroup_fd, *(self.stdio or ())}
         return sorted(fd for fd in fds if fd >= 0)
 

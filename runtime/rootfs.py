@@ -61,6 +61,7 @@ class Rootfs:
         kinds = {item["type"] for item in self.linux.get("namespaces") or []}
         self.in_user_namespace = "user" in kinds
         self.has_cgroup_namespace = "cgroup" in kinds
+        self.trees: dict[int, int] = {}
         self.root = Root("/")
 
     # -- phase 1 ----------------------------------------------------------------------------------------------------
@@ -84,8 +85,8 @@ class Rootfs:
     # -- phase 2 ----------------------------------------------------------------------------------------------------
 
     def mount_all(self) -> None:
-        for mount in self.mounts:
-            self._mount(mount)
+        for number, mount in enumerate(self.mounts):
+            self._mount(mount, self.trees.get(number, -1))
         if self._makes_dev():
             devices.make(self.root, self.linux, in_user_namespace=self.in_user_namespace)
             devices.make_links(self.root)
@@ -97,14 +98,16 @@ class Rootfs:
                 return mount.get("type") != "bind" and not {"bind", "rbind"} & set(mount.get("options") or ())
         return True
 
-    def _mount(self, mount: Spec) -> None:
+    def _mount(self, mount: Spec, tree: int) -> None:
         destination = os.path.normpath("/" + mount["destination"].lstrip("/"))
-        options = m.Options(o for o in mount.get("options") or () if o != "tmpcopyup")
+        options = m.Options(o for o in mount.get("options") or () if o not in m.OURS)
         source = mount.get("source") or ""
         fstype = mount.get("type") or ""
         try:
             _check_proc(destination, source, fstype)
-            if fstype == "bind" or options.flags & sc.MS_BIND:
+            if tree >= 0:
+                self._attach(tree, destination)
+            elif fstype == "bind" or options.flags & sc.MS_BIND:
                 self._bind(source, destination, options, fstype)
             elif fstype in ("cgroup", "cgroup2"):
                 self._mount_cgroup(destination, options)
@@ -193,6 +196,15 @@ class Rootfs:
         target = self.root.make_directory(destination) if is_directory else self.root.make_file(destination)
         try:
             self.root.bind(source, target, options)
+        finally:
+            os.close(target)
+
+    def _attach(self, tree: int, destination: str) -> None:
+        """An idmapped mount, which the runtime has prepared with the rights that it takes (`idmap.py`)."""
+        is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
+        target = self.root.make_directory(destination) if is_directory else self.root.make_file(destination)
+        try:
+            attach(tree, target)
         finally:
             os.close(target)
 

@@ -31,7 +31,7 @@ _MAX_INSTRUCTIONS = 4096
 _SET_MODE_FILTER = 1
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _FLAG_NEW_LISTENER = 1 << 3
-_FLAGS = {
+FLAGS = {
     "SECCOMP_FILTER_FLAG_TSYNC": 1 << 0,
     "SECCOMP_FILTER_FLAG_LOG": 1 << 1,
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 1 << 2,
@@ -73,13 +73,13 @@ def filter_flags(profile: Mapping[str, Any]) -> int:
     """
     names = profile.get("flags")
     if names is None:
-        return _FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
+        return FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
     flags = 0
     for name in names:
-        if name not in _FLAGS:
+        if name not in FLAGS:
             msg = f"linux.seccomp: unknown seccomp flag {name!r}"
             raise ValueError(msg)
-        flags |= _FLAGS[name]
+        flags |= FLAGS[name]
     return flags
 
 

@@ -1,8 +1,10 @@
 """config.json: reading it, and refusing what the specification forbids before anything is made.
 
 Messages name the field: `linux.namespaces[2].type: unknown namespace "foo"`. Numbers of sections are those of the OCI
-runtime specification 1.2 (config.md, config-linux.md). A key with the value null is the same as no key, as in Go.
+runtime specification 1.3 (config.md, config-linux.md). A key with the value null is the same as no key, as in Go.
 """
+
+# ruff: noqa: PLC0415 - `spec_rare` is loaded for those configurations that it is about
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     Spec = dict[str, Any]
 
-SPEC_VERSION = "1.2.1"
+SPEC_VERSION = "1.3.0"
 """The newest version of the specification that this runtime implements; every 1.x is accepted."""
 
 RLIMITS = {
@@ -45,6 +47,8 @@ PROPAGATIONS = ("", *(r + p for p in ("private", "shared", "slave", "unbindable"
 _IPC_SYSCTLS = frozenset(
     "kernel." + name for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
 )
+_RARE = ("timeOffsets", "memoryPolicy", "netDevices", "personality", "intelRdt")
+_COMMON = frozenset(("devices",))
 _UNSIGNED_32 = 0xFFFFFFFF
 
 
@@ -145,6 +149,10 @@ def validate_process(process: Any, path: str = "process") -> None:
     size = get(process.get("consoleSize"), f"{path}.consoleSize", dict, {})
     for key in ("height", "width"):
         _unsigned(size.get(key), f"{path}.consoleSize.{key}")
+    if "scheduler" in process or "ioPriority" in process or "execCPUAffinity" in process:
+        from wherry.runtime import spec_rare
+
+        spec_rare.validate_process(process, path)
 
 
 def _validate_rlimits(process: Spec, path: str) -> None:
@@ -169,6 +177,10 @@ def _validate_mounts(spec: Spec) -> None:
             if "\0" in get(mount.get(key), f"{where}.{key}", str, ""):
                 raise invalid(f"{where}.{key}", "holds a null byte")
         options = _strings(mount.get("options"), f"{where}.options")
+        if "idmap" in options or "ridmap" in options or mount.get("uidMappings") or mount.get("gidMappings"):
+            from wherry.runtime import spec_rare
+
+            spec_rare.validate_mappings(mount, where, options, get(spec.get("linux"), "linux", dict, {}))
         if ("bind" in options or "rbind" in options or mount.get("type") == "bind") and not mount.get("source"):
             raise invalid(f"{where}.source", "a bind mount needs a source")
 
@@ -220,11 +232,14 @@ def _validate_linux(spec: Spec, linux: Spec, namespaces: dict[str, str]) -> None
     _validate_mappings(linux, namespaces)
     _validate_sysctl(linux, namespaces)
     _validate_devices(linux)
-    get(linux.get("resources"), "linux.resources", dict)
+    resources = get(linux.get("resources"), "linux.resources", dict, {})
     get(linux.get("seccomp"), "linux.seccomp", dict)
     get(linux.get("cgroupsPath"), "linux.cgroupsPath", str)
-    if get(linux.get("timeOffsets"), "linux.timeOffsets", dict, {}) and "time" not in namespaces:
-        raise invalid("linux.timeOffsets", "time namespace offsets need a time namespace")
+    if any(linux.get(key) is not None for key in _RARE) or resources.keys() - _COMMON:
+        from wherry.runtime import spec_rare
+
+        spec_rare.validate_linux(linux, namespaces)
+        spec_rare.validate_resources(resources)
 
 
 def _validate_mappings(linux: Spec, namespaces: dict[str, str]) -> None:

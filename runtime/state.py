@@ -59,6 +59,7 @@ class State:
         self.oci_version = ""
         self.annotations: dict[str, str] = {}
         self.cgroup_paths: dict[str, str] = {}
+        self.unit = ""  # systemd's, where it made the cgroup
         self.namespaces: dict[str, str] = {}
         self.creator = 0
         self.creator_started = 0
@@ -107,6 +108,10 @@ class State:
                 os.unlink(os.path.join(self.folder, name))
             except FileNotFoundError:
                 continue
+            except IsADirectoryError:
+                from wherry.runtime import notify
+
+                notify.remove(self.folder)
         try:
             os.rmdir(self.folder)
         except FileNotFoundError:

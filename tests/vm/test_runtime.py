@@ -30,7 +30,9 @@ RUNTIME = "wherry-runtime --systemd-cgroup"
 
 @pytest.fixture
 def running(machine: Machine) -> Iterator[Machine]:
-    machine.check(f"{_BUNDLE}{RUNTIME} run --detach --pid-file /root/pid one </dev/null >/dev/null 2>/root/said || (cat /root/said; exit 1)")
+    machine.check(
+        f"{_BUNDLE}{RUNTIME} run --detach --pid-file /root/pid one </dev/null >/dev/null 2>/root/said || (cat /root/said; exit 1)"
+    )
     yield machine
     machine.run(f"{RUNTIME} delete --force one")
 
@@ -72,7 +74,7 @@ def test_exec_pause_and_delete(running: Machine) -> None:
 
 
 def test_a_failed_create_leaves_no_unit(machine: Machine) -> None:
-    machine.check(_BUNDLE + "sed -i 's/\"sleep\"/\"nosuch\"/' config.json")
+    machine.check(_BUNDLE + 'sed -i \'s/"sleep"/"nosuch"/\' config.json')
     done = machine.run(f"cd /root/bundle && {RUNTIME} run two")
     assert done.code == 1
     assert "executable file not found" in done.out
