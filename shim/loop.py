@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import importlib
 import itertools
 import os
 import select
@@ -297,10 +298,8 @@ class Exit:
         self.at_ns = at_ns
 
 
-# the C function below signal.signal, without its turning of numbers into enums and back
-set_signal: Callable[[int, Callable[[int, object], None]], object] = getattr(
-    signal.signal, "__wrapped__", signal.signal
-)
+# the C function below signal.signal, without its turning of numbers into enums and back (20 pages)
+set_signal: Callable[[int, Callable[[int, object], None]], object] = importlib.import_module("_signal").signal
 
 
 def ignore(number: int, frame: object) -> None:

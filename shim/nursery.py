@@ -38,12 +38,12 @@ from wherry.shim.words import ShimWords, join, split
 
 # what a title may hold: the longest id and namespace (76 each), and the address
 TITLE_ROOM: Final = 1024
+_LISTENER: Final = int(socket.SOCK_STREAM) | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _MESSAGE_MAX: Final = 256 * 1024
 
 
 def serve_control(number: int) -> None:
     """Load, freeze, serve the control socket, a descriptor, until its end."""
-    control = socket.socket(fileno=number)
     os.set_inheritable(number, False)
     reserve_process_title(TITLE_ROOM)
     # its life ends with the control socket; Ctrl-C in the daemon's terminal is the daemon's
@@ -51,7 +51,7 @@ def serve_control(number: int) -> None:
     raise_oom_score()
     life = preload()
     set_process_title(["wherry-forkserver"], "wherry-fork")
-    run(control, life)
+    run(number, life)
 
 
 def preload() -> Life:
@@ -66,16 +66,16 @@ def preload() -> Life:
     return life
 
 
-def run(control: socket.socket, life: Life) -> None:
+def run(control: int, life: Life) -> None:
     """Answer until the daemon closes its end.
 
     As little as can be happens between two forks: what this process writes to is no longer shared with the shims that
     were forked before, and every one of them is left with a copy of its own.
     """
-    receive, fork, wait = control.recv, os.fork, os.waitpid
+    read, fork, wait = os.read, os.fork, os.waitpid
     while True:
         try:
-            data = receive(_MESSAGE_MAX)
+            data = read(control, _MESSAGE_MAX)
         except OSError:
             return
         if not data:
@@ -109,7 +109,7 @@ def _orphan(function: Callable[..., object], *args: object) -> NoReturn:
         os._exit(status)
 
 
-def _answer(control: socket.socket, life: Life, data: bytes) -> None:
+def _answer(control: int, life: Life, data: bytes) -> None:
     operation, sequence, *words = split(data)
     try:
         if operation == "spawn":
@@ -127,7 +127,7 @@ def _answer(control: socket.socket, life: Life, data: bytes) -> None:
 # -- in the shim -----------------------------------------------------------------------------------------------------
 
 
-def _shim(control: socket.socket, sequence: str, words: ShimWords, life: Life) -> None:
+def _shim(control: int, sequence: str, words: ShimWords, life: Life) -> None:
     parameters = _parameters(words)
     _own_streams(parameters.bundle, words.log_level)
     listener = _listen(control, sequence, parameters)
@@ -135,7 +135,7 @@ def _shim(control: socket.socket, sequence: str, words: ShimWords, life: Life) -
         return
     become_shim(parameters)
     _reply(control, sequence, str(os.getpid()), parameters.socket)
-    control.close()
+    os.close(control)
     life.serve(listener, parameters)
 
 
@@ -163,11 +163,11 @@ def _own_streams(bundle: str, level: str) -> None:
     take_over(level)
 
 
-def _listen(control: socket.socket, sequence: str, parameters: Parameters) -> socket.socket | None:
+def _listen(control: int, sequence: str, parameters: Parameters) -> socket.SocketType | None:
     """The shim's socket; None where a shim listens there already, which is then the answer."""
     try:
-        return sockets.bind(parameters.socket)
-    except AlreadyExists:  # a file is there: whose?
+        return _bind(parameters.socket)
+    except OSError:  # a file is there (whose?), or the path is too long for the short way
         try:
             return sockets.bind(parameters.socket, replace=True)
         except AlreadyExists:
@@ -177,7 +177,20 @@ def _listen(control: socket.socket, sequence: str, parameters: Parameters) -> so
             return None
 
 
-def _delete(control: socket.socket, sequence: str, words: ShimWords) -> None:
+def _bind(path: str) -> socket.SocketType:
+    """`sockets.bind` for the common case, with the C type alone: the class around it costs a shim 40 kB."""
+    listener = socket.SocketType(socket.AF_UNIX, _LISTENER)
+    try:
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(path)
+        listener.listen(sockets.BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _delete(control: int, sequence: str, words: ShimWords) -> None:
     set_process_title([NAME, "-namespace", words.namespace, "-id", words.id, "delete"], NAME)
     set_child_subreaper()
     remains = clean_up(words.namespace, words.id, words.bundle, words.state)
@@ -187,14 +200,16 @@ def _delete(control: socket.socket, sequence: str, words: ShimWords) -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _reply(control: socket.socket, sequence: str, *words: str) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone; its successor finds the shim
-        control.send(join(sequence, "", *words))
+def _reply(control: int, sequence: str, *words: str) -> None:
+    try:
+        os.write(control, join(sequence, "", *words))
+    except (BrokenPipeError, ConnectionResetError):  # the daemon is gone; its successor finds the shim
+        return
 
 
-def _refuse(control: socket.socket, sequence: str, error: Exception) -> None:
+def _refuse(control: int, sequence: str, error: Exception) -> None:
     code = error.code if isinstance(error, WherryError) else Code.UNKNOWN
     text = error.message if isinstance(error, WherryError) else f"{type(error).__name__}: {error}"
     log("error", text)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        control.send(join(sequence, str(int(code)), text))
+        os.write(control, join(sequence, str(int(code)), text))

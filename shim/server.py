@@ -43,11 +43,11 @@ class Server:
     def __init__(self, loop: Loop, services: Services, connected: Callable[[], None]) -> None:
         self._loop = loop
         self._services = services
-        self._listener: socket.socket | None = None
+        self._listener: socket.SocketType | None = None
         self._connected = connected
         self._connections: set[_Connection] = set()
 
-    def listen(self, listener: socket.socket) -> None:
+    def listen(self, listener: socket.SocketType) -> None:
         """Accept on a listening, non-blocking socket, which is the server's from now on."""
         self._listener = listener
         self._loop.on_read(listener.fileno(), self._accept)

@@ -114,7 +114,7 @@ class Life:
         self.shim.namespace = parameters.namespace
         self.shim.runtime_root = parameters.runtime_root or f"{BUNDLED_ROOT}/{parameters.namespace}"
 
-    def serve(self, listener: socket.socket, parameters: Parameters) -> None:
+    def serve(self, listener: socket.SocketType, parameters: Parameters) -> None:
         """Serve the task API until Shutdown; then remove the socket."""
         self.begin(parameters)
         self.server.listen(listener)

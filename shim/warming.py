@@ -31,7 +31,7 @@ from wherry.runtime.container import CreateRequest, ExecRequest
 from wherry.shim.serving import Life, Parameters, become_shim
 
 # a function is specialised after 8 calls, its instructions one by one in the calls after that
-ROUNDS: Final = 12
+ROUNDS: Final = 10
 # a life takes 10 ms; if one gets stuck, the fork server goes on without the rest
 _LIMIT: Final = 2.0
 _ID: Final = "warm"
