@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class Context:
     """What the global flags say."""
 
-    def __init__(self, root: str, log: Log, *, systemd_cgroup: bool) -> None:
+    def __init__(self, root: str, log: Log, *, systemd_cgroup: bool, rootless: bool = False) -> None:
         self.root = os.path.abspath(root)
         self.log = log
         self.systemd_cgroup = systemd_cgroup
+        self.rootless = rootless
 
 
 def run(command: str, context: Context, flags: Flags, arguments: list[str]) -> int:
@@ -66,6 +67,7 @@ def _request(context: Context, flags: Flags, container_id: str) -> container.Cre
         preserve_fds=preserved(flags),
         systemd_cgroup=context.systemd_cgroup,
         notify="NOTIFY_SOCKET" in os.environ,
+        rootless=context.rootless,
     )
 
 

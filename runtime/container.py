@@ -45,7 +45,8 @@ class CreateRequest:
     """Parameters of `create`, never changed afterwards.
 
     root: folder of all states (`--root`); id: the container's; bundle: folder with config.json; spec: the parsed
-    config.json, or None to read it from the bundle. notify: the caller is a service of systemd's (`notify.py`).
+    config.json, or None to read it from the bundle. notify: the caller is a service of systemd's (`notify.py`). rootless: do without a
+    cgroup where none may be made (always so for another user than root).
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class CreateRequest:
         "pid_file",
         "preserve_fds",
         "root",
+        "rootless",
         "spec",
         "stdio",
         "systemd_cgroup",
@@ -80,6 +82,7 @@ class CreateRequest:
         preserve_fds: int = 0,
         systemd_cgroup: bool = False,
         notify: bool = False,
+        rootless: bool = False,
     ) -> None:
         self.root = root
         self.id = id
@@ -94,6 +97,7 @@ class CreateRequest:
         self.preserve_fds = preserve_fds
         self.systemd_cgroup = systemd_cgroup
         self.notify = notify
+        self.rootless = rootless
 
 
 class ExecRequest:
@@ -163,6 +167,7 @@ def preload() -> None:
         lifecycle,
         listener,
         netdevices,
+        rootless,
         sealed,
         seccomp,
         settings,

@@ -84,6 +84,7 @@ def _plan(request: CreateRequest, made: state.State, config: dict[str, Any]) -> 
     plan.no_new_keyring = request.no_new_keyring
     plan.preserve_fds = request.preserve_fds
     plan.stdio = request.stdio
+    plan.rootless = request.rootless or os.geteuid() != 0
     return plan
 
 
@@ -164,7 +165,18 @@ def _fill_cgroup(plan: Plan) -> None:
             plan.unit.start(plan.slice, about, plan.linux.get("resources") or {}, plan.state.annotations)
         except DBusError as error:
             raise ContainerError(f"unable to start unit {plan.unit.name!r}: {error}") from None
-    plan.cgroup.create()
+    try:
+        plan.cgroup.create()
+    except OSError as error:
+        if not plan.rootless:
+            raise
+        from wherry.runtime import rootless
+
+        if rootless.forgo_cgroup(plan, error):
+            plan.cgroup = None
+            plan.state.cgroup_paths = {}
+            return
+        raise
     resources = dict(plan.linux.get("resources") or {})
     resources["devices"] = resources.get("devices") or []
     plan.cgroup.apply(resources)
@@ -225,7 +237,7 @@ def _close(plan: Plan, console_fd: int) -> None:
 
 def _undo(plan: Plan, error: BaseException, *, fresh_cgroup: bool) -> None:
     """Cgroup and state folder go; the process is gone already. What can't be undone is added to the error."""
-    if fresh_cgroup:
+    if fresh_cgroup and plan.cgroup is not None:
         try:
             if plan.unit is not None:
                 plan.unit.settle()

@@ -126,6 +126,8 @@ def enter_user_namespace(plan: Plan, channel: Channel) -> None:
     namespaces.join(plan.joined)
     plan.joined = {}
     if "user" in plan.new:
+        if os.geteuid():
+            process.set_dumpable(True)  # else our /proc is root's, and the maps can't be written without rights
         sc.unshare(sc.CLONE_NEWUSER)
         channel.send("map")
         channel.expect("mapped")

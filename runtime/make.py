@@ -156,6 +156,14 @@ def _kill(pid: int) -> None:
 
 
 def _write_mappings(pid: int, linux: dict[str, Any]) -> None:
+    if os.geteuid():
+        from wherry.runtime import rootless  # noqa: PLC0415
+
+        try:
+            rootless.write_mappings(pid, linux)
+        except ContainerError as error:
+            raise ContainerError(FAILED_START + error.message) from None
+        return
     for key, file in (("gidMappings", "gid_map"), ("uidMappings", "uid_map")):
         lines = [
             f"{item.get('containerID') or 0} {item.get('hostID') or 0} {item['size']}\n"
@@ -203,6 +211,8 @@ def _limit(plan: Plan, pid: int) -> None:
             finally:
                 os.close(fd)
         except OSError as error:
+            if plan.rootless:
+                return  # below the user's own is for root
             what = f"failed to update /proc/self/oom_score_adj: {error.strerror}"
             raise ContainerError(f"{FAILED_START}{what}") from None
 

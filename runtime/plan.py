@@ -44,6 +44,7 @@ class Plan:
         self.stdio: tuple[int, int, int] | None = None
         self.trees: dict[int, int] = {}  # number of an idmapped mount → its detached tree
         self.preserve_fds = 0
+        self.rootless = False
         self.no_pivot = False
         self.no_new_keyring = False
         self.seccomp: bytes | None = None

@@ -24,6 +24,8 @@ PACKAGES = {
     "hyperfine": "hyperfine",
     "qemu-system-x86_64": "qemu-system-x86",
     "mke2fs": "e2fsprogs",
+    "newuidmap": "uidmap",
+    "dbus-daemon": "dbus-daemon",
 }
 REQUIRED = os.environ.get("WHERRY_REQUIRE_PEERS") == "1"
 
