@@ -18,6 +18,7 @@ import contextlib
 import os
 import socket
 import sys
+from bisect import bisect
 from collections.abc import Iterable
 from typing import Any, Final, cast
 
@@ -144,6 +145,7 @@ class Connection(asyncio.Protocol):
         self.loop = loop
         self.http = http2.Connection()
         self.calls: dict[int, Call] = {}
+        self._served = 0  # the stream that was the last to have something of the connection's window
         self.leaving = 0  # handlers of calls that are over, which still clean up
         self.held = 0  # bytes of requests that wait for their handlers
         self.unsent = 0  # bytes of answers that wait for the client
@@ -206,10 +208,15 @@ class Connection(asyncio.Protocol):
             self._push_all()
 
     def _push_all(self) -> None:
-        # in turn, so that none of those that wait for the connection's window is always the last
-        for stream in tuple(self.calls):
+        # in turn: what one of them takes of the connection's window the next ones can't have
+        streams = tuple(self.calls)  # in the order of their numbers
+        at = bisect(streams, self._served)
+        for stream in streams[at:] + streams[:at]:
             if (call := self.calls.get(stream)) is not None:
                 call.push()
+            if not self.writable or self.http.window <= 0:
+                self._served = stream
+                return
 
     def _mute(self) -> None:
         self._handshake = None

@@ -55,9 +55,9 @@ STREAM_WINDOW: Final = 1 << 20
 CONNECTION_WINDOW: Final = 16 << 20
 # calls that one client may have under way (waits of dockerd for some hundred containers)
 MAX_STREAMS: Final = 4096
-# bytes of a header block before decoding, over all its frames: Huffman's code makes no block longer than its fields
-# where the peer keeps to MAX_LIST_SIZE, which it is told
-_MAX_BLOCK: Final = MAX_LIST_SIZE
+# bytes of a header block before decoding, over all its frames. Below it a list that is too large ends its stream alone
+# (C core's client doesn't heed what it is told); undoing Huffman's code holds everybody up for 0.2 s at worst.
+_MAX_BLOCK: Final = 2 * MAX_LIST_SIZE
 # frames of one header block: more than its bytes need is the flood of CVE-2024-27316
 _MAX_CONTINUATIONS: Final = 64
 # streams that a client may give up, or make us give up, at once and then per second: opening and resetting costs it
@@ -126,7 +126,7 @@ class Connection:
         self._resets_at = 0.0
         self._receiving: dict[int, int] = {}  # streams whose request goes on: what they may still send
         self._sending: dict[int, int] = {}  # streams that are answered: what may still be sent
-        self._window = _DEFAULT_WINDOW  # what may be sent on the connection
+        self.window = _DEFAULT_WINDOW  # what may be sent on the connection
         self._credit = CONNECTION_WINDOW  # what the peer may send
         self._owed = 0  # taken, and not yet given back
         self._peer_window = _DEFAULT_WINDOW
@@ -248,8 +248,8 @@ class Connection:
             raise ProtocolError(PROTOCOL_ERROR, f"a client can't open stream {stream}")
         try:
             fields = self._decoder.decode(block)
-        except ListTooLarge as error:
-            raise ProtocolError(ENHANCE_YOUR_CALM, str(error)) from error
+        except ListTooLarge:
+            fields = None
         except Malformed as error:
             raise ProtocolError(PROTOCOL_ERROR, str(error)) from error
         except HpackError as error:
@@ -262,6 +262,9 @@ class Connection:
             return  # sent before the client heard of it: it tries again elsewhere (6.8)
         if len(self._sending) >= MAX_STREAMS:
             self.refuse(stream, REFUSED_STREAM)
+            return
+        if fields is None:
+            self.refuse(stream, ENHANCE_YOUR_CALM)
             return
         self._accepted = stream
         self._sending[stream] = self._peer_window
@@ -359,8 +362,8 @@ class Connection:
         if more == 0:
             raise ProtocolError(PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
         if stream == 0:
-            self._window += more
-            grown = self._window
+            self.window += more
+            grown = self.window
         elif stream in self._sending:
             self._sending[stream] += more
             grown = self._sending[stream]
@@ -416,7 +419,7 @@ class Connection:
 
     def room(self, stream: int) -> int:
         """How many bytes may be sent on a stream now; 0 or less: wait for Writable."""
-        return min(self._window, self._sending.get(stream, 0))
+        return min(self.window, self._sending.get(stream, 0))
 
     def headers(self, stream: int, block: bytes, *, end: bool) -> None:
         """Send a header block, in as many frames as it needs; with `end` the stream is over."""
@@ -433,7 +436,7 @@ class Connection:
 
     def data(self, stream: int, payload: bytes | memoryview) -> None:
         """Send bytes of a response; at most `room` of them, and at most `frame`."""
-        self._window -= len(payload)
+        self.window -= len(payload)
         self._sending[stream] -= len(payload)
         self._out += frame(DATA, 0, stream, payload)
 

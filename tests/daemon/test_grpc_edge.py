@@ -120,6 +120,10 @@ def has_bytes(peer: Peer, stream: int, count: int) -> bool:
     return len(peer.answers[stream].data) == count
 
 
+def has_more(peer: Peer, streams: tuple[int, int], than: int) -> bool:
+    return peer.answers[streams[1]].ended or sum(len(peer.answers[stream].data) for stream in streams) > than
+
+
 def started(probe: Probe, count: int) -> bool:
     return probe.started == count
 
@@ -423,6 +427,22 @@ async def test_calls_that_wait_for_the_connections_window_all_come_through(rig: 
         peer.send(stream, message(pb.ReadContentRequest(offset=3, size=100_000).SerializeToString()), end=True)
     for stream in streams:
         assert [len(each) for each in (await peer.end(stream)).messages] == [100_004] * 3
+
+
+async def test_a_long_answer_leaves_room_for_a_short_one(rig: Rig) -> None:
+    peer = await rig.peer()
+    peer.window = 0  # the test gives the room
+    peer.h2.update_settings({4: 1 << 24})
+    long, short = peer.open(READ), peer.open(READ)
+    peer.send(long, message(pb.ReadContentRequest(offset=100, size=100_000).SerializeToString()), end=True)
+    await peer.until(lambda: len(peer.answers[long].data) > 60_000)
+    peer.send(short, message(pb.ReadContentRequest(offset=2, size=100_000).SerializeToString()), end=True)
+    while not peer.answers[short].ended:
+        got = len(peer.answers[long].data) + len(peer.answers[short].data)
+        peer.h2.increment_flow_control_window(10_000)
+        peer.flush()
+        await peer.until(partial(has_more, peer, (long, short), got))
+        assert len(peer.answers[long].data) < 500_000
 
 
 async def test_the_server_ends_a_stream_first(rig: Rig) -> None:

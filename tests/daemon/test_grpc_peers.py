@@ -127,6 +127,15 @@ def test_a_message_beyond_16_mib_is_refused_and_the_channel_goes_on(daemon: Wher
         assert version(on)
 
 
+def test_metadata_that_is_too_large_ends_its_call_alone(daemon: Wherryd) -> None:
+    with channel(daemon) as on:
+        assert version(on, metadata=(("x-large", "x" * 50_000),))
+        with pytest.raises(grpc.RpcError) as caught:
+            version(on, metadata=(("x-large", "x" * 100_000),))
+        assert caught.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
+        assert version(on)
+
+
 def test_compression_is_refused_in_words(daemon: Wherryd) -> None:
     with channel(daemon) as on:
         call = on.unary_unary(
