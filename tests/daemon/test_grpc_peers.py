@@ -265,7 +265,7 @@ def test_mutated_conversations_harm_nobody_else(daemon: Wherryd) -> None:
     with channel(daemon) as on:
         assert version(on)
         before, conversations, end = memory(daemon), 0, time.monotonic() + 8
-        while time.monotonic() < end and conversations < 4000:
+        while time.monotonic() < end and conversations < 15_000:
             conversations += 1
             with socket.socket(socket.AF_UNIX) as peer:
                 peer.settimeout(2)
