@@ -89,7 +89,9 @@ def _dispatch(flags: dict[str, object], rest: list[str], log: Log) -> int:
     from wherry.runtime import commands
 
     root = str(flags["root"] or "") or _default_root()
-    context = commands.Context(root, log, systemd_cgroup=bool(flags["systemd-cgroup"]), rootless=flags["rootless"] == "true")
+    context = commands.Context(
+        root, log, systemd_cgroup=bool(flags["systemd-cgroup"]), rootless=flags["rootless"] == "true"
+    )
     return commands.run(command, context, given, arguments)
 
 

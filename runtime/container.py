@@ -45,8 +45,8 @@ class CreateRequest:
     """Parameters of `create`, never changed afterwards.
 
     root: folder of all states (`--root`); id: the container's; bundle: folder with config.json; spec: the parsed
-    config.json, or None to read it from the bundle. notify: the caller is a service of systemd's (`notify.py`). rootless: do without a
-    cgroup where none may be made (always so for another user than root).
+    config.json, or None to read it from the bundle. notify: the caller is a service of systemd's (`notify.py`).
+    rootless: do without a cgroup where none may be made (always so for another user than root).
     """
 
     __slots__ = (

@@ -223,6 +223,8 @@ def _compile_seccomp(plan: Plan) -> None:
     try:
         plan.seccomp = seccomp.compile_filter(profile)
         plan.seccomp_flags = seccomp.filter_flags(profile)
+        if seccomp.uses_notify(profile) and not profile.get("listenerPath"):
+            raise ValueError("linux.seccomp.listenerPath: is missing: SCMP_ACT_NOTIFY needs an agent")
     except ValueError as error:
         raise ContainerError(str(error), INVALID) from None
 

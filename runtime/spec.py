@@ -48,7 +48,7 @@ _IPC_SYSCTLS = frozenset(
     "kernel." + name for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
 )
 _RARE = ("timeOffsets", "memoryPolicy", "netDevices", "personality", "intelRdt")
-_COMMON = frozenset(("devices",))
+_COMMON = {"devices"}
 _UNSIGNED_32 = 0xFFFFFFFF
 
 
@@ -235,11 +235,18 @@ def _validate_linux(spec: Spec, linux: Spec, namespaces: dict[str, str]) -> None
     resources = get(linux.get("resources"), "linux.resources", dict, {})
     get(linux.get("seccomp"), "linux.seccomp", dict)
     get(linux.get("cgroupsPath"), "linux.cgroupsPath", str)
-    if any(linux.get(key) is not None for key in _RARE) or resources.keys() - _COMMON:
+    if any(linux.get(key) is not None for key in _RARE) or _unusual(resources):
         from wherry.runtime import spec_rare
 
         spec_rare.validate_linux(linux, namespaces)
         spec_rare.validate_resources(resources)
+
+
+def _unusual(resources: Spec) -> bool:
+    """More than the one device rule that denies all (and the keys of it spelled well)."""
+    if not resources:
+        return False
+    return resources.keys() != _COMMON or resources["devices"] != [{"allow": False, "access": "rwm"}]
 
 
 def _validate_mappings(linux: Spec, namespaces: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.peers import need
 from wherry.runtime import default_spec
 
 Spec = dict[str, Any]
@@ -94,6 +95,12 @@ def make_spec(rootfs: str) -> Spec:
 
 def wherry(root: Path) -> Runtime:
     return Runtime("wherry-runtime", [sys.executable, "-m", "wherry.runtime.command"], root)
+
+
+def crun(root: Path) -> Runtime:
+    """crun refuses a hybrid host: it gets a mount namespace without the v2 tree."""
+    script = 'if [ -d /sys/fs/cgroup/unified ]; then umount /sys/fs/cgroup/unified; fi; exec "$0" "$@"'
+    return Runtime("crun", ["unshare", "--mount", "sh", "-c", script, need("crun")], root)
 
 
 def mounts_below(path: str | os.PathLike[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.peers import need
 from tests.runtime.bundles import Bundle, Runtime, Spec, cgroups_of
 
 
@@ -186,6 +187,31 @@ def test_events_print_statistics(runtime: Runtime, bundle: Bundle) -> None:
     assert (event["type"], event["id"]) == ("stats", name)
     assert event["data"]["pids"]["current"] == 1
     assert event["data"]["cpu"]["usage"]["total"] > 0
+
+
+def test_statistics_have_runcs_shape(ours: Runtime, bundle: Bundle, tmp_path: Path) -> None:
+    """Each key that runc prints for a container is there, with a value of its kind."""
+    reference = Runtime("runc", [need("runc")], tmp_path / "runc")
+
+    def keys(value: object, path: str = "") -> set[str]:
+        if isinstance(value, dict):
+            return set().union(*(keys(item, f"{path}.{key}") for key, item in value.items())) if value else {path}
+        return {f"{path}[]"} if isinstance(value, list) else {path}
+
+    def limited(spec: Spec) -> None:
+        spec["linux"]["resources"].update(memory={"limit": 1 << 26}, pids={"limit": 9}, cpu={"quota": 50000})
+
+    shapes = []
+    folder = bundle.write(limited, args=["sleep", "100"])
+    for one in (ours, reference):
+        name = one.new_id()
+        one.detached("run", "--detach", "--bundle", str(folder), name)
+        data = json.loads(one.ok("events", "--stats", name))["data"]
+        assert data["memory"]["usage"]["limit"] == 1 << 26
+        assert data["pids"] == {"current": 1, "limit": 9}
+        shapes.append({key for key in keys(data) if "throttling" not in key and "hugetlb" not in key})
+        one.clean()
+    assert shapes[1] - shapes[0] == set()
 
 
 @pytest.mark.parametrize("moment", ["created", "running"])

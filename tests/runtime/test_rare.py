@@ -287,6 +287,17 @@ def test_a_service_says_that_it_is_ready(ours: Runtime, bundle: Bundle, tmp_path
     assert (tmp_path / "out").read_text().strip() == "/run/notify/notify.sock"
 
 
+def test_a_service_that_ends_without_a_word(ours: Runtime, bundle: Bundle, tmp_path: Path) -> None:
+    host = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    host.bind(str(tmp_path / "host"))
+    environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "host")}
+    folder = bundle.write(lambda spec: spec["root"].update(readonly=False), args=["sh", "-c", "exit 3"])
+    name = ours.new_id()
+    assert ours("run", "--bundle", str(folder), name, env=environment).returncode == 3
+    assert not (ours.root / name).exists()
+    host.close()
+
+
 def _wait_for_socket(runtime: Runtime, name: str) -> str:
     import time  # noqa: PLC0415
 

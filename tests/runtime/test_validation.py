@@ -51,6 +51,83 @@ BAD: list[tuple[Change, str]] = [
     (lambda s: s["mounts"].append({"source": "x"}), "mounts[7].destination: is missing"),
     (lambda s: s["mounts"].append({"destination": "/x", "type": "bind"}), "mounts[7].source: a bind mount needs"),
     (lambda s: s.update(hooks={"prestart": [{"path": "rel"}]}), "hooks.prestart[0].path: must be an absolute path"),
+    (lambda s: s["process"].update(scheduler={"policy": "ODD"}), 'process.scheduler.policy: unknown value "ODD"'),
+    (
+        lambda s: s["process"].update(scheduler={"policy": "SCHED_OTHER", "priority": 3}),
+        "process.scheduler.priority: only SCHED_FIFO and SCHED_RR",
+    ),
+    (lambda s: s["process"].update(scheduler={"policy": "SCHED_OTHER", "nice": 30}), "process.scheduler.nice: 30 is"),
+    (lambda s: s["process"].update(ioPriority={"class": "x"}), 'process.ioPriority.class: unknown value "x"'),
+    (
+        lambda s: s["process"].update(ioPriority={"class": "IOPRIO_CLASS_BE", "priority": 8}),
+        "process.ioPriority.priority: 8 is not between 0 and 7",
+    ),
+    (lambda s: s["process"].update(execCPUAffinity={"initial": "0-"}), "process.execCPUAffinity.initial: "),
+    (lambda s: s["linux"].update(timeOffsets={"monotonic": {"secs": 1}}), "linux.timeOffsets: time namespace offsets"),
+    (
+        lambda s: s["linux"].update(namespaces=namespaces("time", "uts", "mount"), timeOffsets={"odd": {}}),
+        'linux.timeOffsets["odd"]: unknown value',
+    ),
+    (lambda s: s["linux"].update(personality={"domain": "BSD"}), 'linux.personality.domain: unknown value "BSD"'),
+    (lambda s: s["linux"].update(memoryPolicy={"mode": "MPOL_BIND"}), "linux.memoryPolicy.nodes: MPOL_BIND needs"),
+    (lambda s: s["linux"].update(memoryPolicy={"mode": "x"}), 'linux.memoryPolicy.mode: unknown value "x"'),
+    (lambda s: s["linux"].update(netDevices={"a/b": {}}), 'linux.netDevices["a/b"]: invalid network device name'),
+    (lambda s: s["linux"].update(netDevices={"a": {"name": "x" * 16}}), 'linux.netDevices["a"]: invalid network'),
+    (
+        lambda s: s["linux"].update(netDevices={"a": {"name": "c"}, "b": {"name": "c"}}),
+        'linux.netDevices["b"].name: two network devices',
+    ),
+    (lambda s: s["linux"].update(intelRdt={"closID": "x"}), "linux.intelRdt: intelRdt is not supported"),
+    (
+        lambda s: s["mounts"].append({"destination": "/x", "type": "tmpfs", "options": ["idmap"]}),
+        "mounts[7]: id-mapped mounts are only supported for bind mounts",
+    ),
+    (
+        lambda s: s["mounts"].append({"destination": "/x", "source": "/", "options": ["bind", "idmap"]}),
+        "mounts[7]: idmap without mappings takes those of the user namespace",
+    ),
+    (
+        lambda s: s["mounts"].append(
+            {"destination": "/x", "source": "/", "options": ["bind"], "uidMappings": [{"size": 1}]}
+        ),
+        "mounts[7]: uidMappings and gidMappings are given together",
+    ),
+    (
+        lambda s: s["mounts"].append(
+            {"destination": "/x", "source": "/", "options": ["bind"], "uidMappings": [{}], "gidMappings": [{}]}
+        ),
+        "mounts[7].uidMappings[0].size: must be greater than zero",
+    ),
+    (
+        lambda s: s["linux"]["resources"].update(memory={"limit": "1g"}),
+        'linux.resources.memory.limit: must be an integer, not "1g"',
+    ),
+    (lambda s: s["linux"]["resources"].update(cpu={"cpus": "x"}), 'linux.resources.cpu.cpus: "x" is no list of'),
+    (
+        lambda s: s["linux"]["resources"].update(memory={"swappiness": 101}),
+        "linux.resources.memory.swappiness: 101 is not between 0 and 100",
+    ),
+    (
+        lambda s: s["linux"]["resources"].update(unified={"../x": "1"}),
+        'linux.resources.unified["../x"]: must be a file name',
+    ),
+    (
+        lambda s: s["linux"]["resources"].update(devices=[{"allow": True, "access": "rx"}]),
+        'linux.resources.devices[0].access: invalid access "rx"',
+    ),
+    (
+        lambda s: s["linux"].update(seccomp={"defaultAction": "SCMP_ACT_NOTIFY"}),
+        "SCMP_ACT_NOTIFY cannot be used as default action",
+    ),
+    (
+        lambda s: s["linux"].update(
+            seccomp={
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}],
+            }
+        ),
+        "linux.seccomp.listenerPath",
+    ),
     (lambda s: s["process"].update(apparmorProfile="some"), "apparmor"),
     (lambda s: s["process"].update(selinuxLabel="a:b:c:d"), "selinux"),
 ]
@@ -148,6 +225,13 @@ def test_spec_features_and_help(runtime: Runtime, bundle: Bundle) -> None:
     features = json.loads(runtime.ok("features"))
     assert {"mount", "pid", "network", "ipc", "uts", "user", "cgroup"} <= set(features["linux"]["namespaces"])
     assert "rbind" in features["mountOptions"]
+    if runtime.name == "wherry-runtime":  # what runc 1.1 doesn't say
+        linux = features["linux"]
+        assert {"idmap", "ridmap", "rro"} <= set(features["mountOptions"])
+        assert linux["mountExtensions"]["idmap"]["enabled"] is linux["netDevices"]["enabled"] is True
+        assert "MPOL_BIND" in linux["memoryPolicy"]["modes"]
+        assert "SCMP_ACT_NOTIFY" in linux["seccomp"]["actions"]
+        assert linux["cgroup"] == {"v1": True, "v2": True, "systemd": True, "systemdUser": True, "rdma": True}
     assert "exec" in runtime.ok("--help")
     assert "--detach" in runtime.ok("exec", "--help")
     assert "spec:" in runtime.ok("--version")

@@ -1,0 +1,36 @@
+"""What crun 1.8 does otherwise than the other two, by test: it isn't run with crun, and the matrix shows why."""
+
+from __future__ import annotations
+
+_WORDS = "errors in other words"
+_CODE = "other exit codes"
+
+DIFFERENCES = {
+    "test_symlinks_of_the_image_do_not_lead_out": "refuses a dangling symlink below a mount's target",
+    "test_a_symlink_instead_of_proc_is_refused": _WORDS,
+    "test_exec_takes_user_cwd_and_environment": "exec has no --additional-gids",
+    "test_exec_says_what_it_could_not_run": _WORDS,
+    "test_exec_in_a_stopped_container": _CODE,
+    "test_tmpfs_options_and_copy_up": "a tmpfs doesn't take the mode of what is below",
+    "test_cgroup_mounts": "the tmpfs around v1's hierarchies isn't read-only",
+    "test_what_cannot_be_mounted_is_named": _WORDS,
+    "test_each_hook_gets_the_state_in_order": "prestart hooks are told `created`",
+    "test_start_container_runs_in_the_container": "startContainer hooks are told `starting`",
+    "test_a_failing_hook_undoes_the_container": f"{_WORDS}, {_CODE}",
+    "test_a_hook_past_its_timeout": _WORDS,
+    "test_a_container_goes_through_its_states": _WORDS,
+    "test_pause_and_resume": _CODE,
+    "test_events_print_statistics": "no command events",
+    "test_what_the_host_does_not_allow_is_an_error": _WORDS,
+    "test_a_missing_program_is_named_by_create": _WORDS,
+    "test_a_file_that_is_no_program": _WORDS,
+    "test_create_sends_the_master_over_the_console_socket": "the terminal's name isn't sent with it",
+    "test_run_in_the_foreground_of_a_terminal": "the caller's size isn't passed on",
+    "test_a_detached_terminal_needs_a_socket": _WORDS,
+    "test_a_bundle_without_a_configuration": _WORDS,
+    "test_a_bad_id": "takes ids with blanks and other letters",
+    "test_a_container_that_is_not_there": _WORDS,
+    "test_an_unknown_signal": _WORDS,
+    "test_the_log_is_what_containerd_reads": _WORDS,
+    "test_spec_features_and_help": "no command features",
+}
