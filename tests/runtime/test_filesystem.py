@@ -103,6 +103,51 @@ def test_recursive_read_only(runtime: Runtime, bundle: Bundle, tmp_path: Path) -
         subprocess.run(["umount", str(source / "sub")], check=True)
 
 
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ("rnosuid", "nosuid"),
+        ("rnodev", "nodev"),
+        ("rnoexec", "noexec"),
+        ("rnoatime", "noatime"),
+        ("rnodiratime", "nodiratime"),
+        ("rnosymfollow", "nosymfollow"),
+    ],
+)
+def test_recursive_attributes_reach_what_lies_below(
+    runtime: Runtime, bundle: Bundle, tmp_path: Path, option: str, flag: str
+) -> None:
+    source = tmp_path / "data"
+    (source / "sub").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(source / "sub")], check=True)
+    try:
+
+        def change(spec: Spec) -> None:
+            spec["mounts"] += [mount("/tmp", str(source), "rbind", option)]
+
+        lines = run(runtime, bundle, "cut -d' ' -f5,6 /proc/self/mountinfo | grep '^/tmp'", change).splitlines()
+        assert [flag in line.split()[1].split(",") for line in lines] == [True, True]
+    finally:
+        subprocess.run(["umount", str(source / "sub")], check=True)
+
+
+@pytest.mark.parametrize("back", ["rrw", "rsuid", "rdev", "rexec"])
+def test_recursive_attributes_are_taken_back(runtime: Runtime, bundle: Bundle, tmp_path: Path, back: str) -> None:
+    set_ = {"rrw": "ro", "rsuid": "nosuid", "rdev": "nodev", "rexec": "noexec"}[back]
+    source = tmp_path / "data"
+    (source / "sub").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", set_, "tmpfs", str(source / "sub")], check=True)
+    try:
+
+        def change(spec: Spec) -> None:
+            spec["mounts"] += [mount("/tmp", str(source), "rbind", back)]
+
+        lines = run(runtime, bundle, "grep ' /tmp/sub ' /proc/self/mountinfo | cut -d' ' -f6", change).split()
+        assert [set_ in line.split(",") for line in lines] == [False]
+    finally:
+        subprocess.run(["umount", str(source / "sub")], check=True)
+
+
 def test_tmpfs_options_and_copy_up(runtime: Runtime, own_bundle: Bundle) -> None:
     folder = Path(own_bundle.rootfs) / "var"
     (folder / "deep").mkdir()

@@ -11,14 +11,16 @@ from tests.vm.machine import Machine
 
 _BUNDLE = """
 mkdir -p /root/bundle/rootfs && cd /root/bundle && rm -f config.json
-cp /bin/busybox rootfs/ && mkdir -p rootfs/bin && for name in sh sleep cat true; do ln -sf /busybox rootfs/bin/$name; done
+cp /bin/busybox rootfs/ && mkdir -p rootfs/bin
+for name in sh sleep cat true; do ln -sf /busybox rootfs/bin/$name; done
 wherry-runtime spec
 python3 - <<'END'
 import json
 spec = json.load(open("config.json"))
 spec["process"].update(terminal=False, args=["sleep", "1000"])
 spec["linux"]["cgroupsPath"] = "wherrytest-sub.slice:pre:unit"
-spec["linux"]["resources"].update(memory={"limit": 64 << 20}, pids={"limit": 50}, cpu={"quota": 20000, "period": 100000})
+limits = {"memory": {"limit": 64 << 20}, "pids": {"limit": 50}, "cpu": {"quota": 20000, "period": 100000}}
+spec["linux"]["resources"].update(limits)
 spec["annotations"] = {"org.systemd.property.TimeoutStopUSec": "uint64 5000000"}
 json.dump(spec, open("config.json", "w"))
 END
@@ -31,7 +33,8 @@ RUNTIME = "wherry-runtime --systemd-cgroup"
 @pytest.fixture
 def running(machine: Machine) -> Iterator[Machine]:
     machine.check(
-        f"{_BUNDLE}{RUNTIME} run --detach --pid-file /root/pid one </dev/null >/dev/null 2>/root/said || (cat /root/said; exit 1)"
+        f"{_BUNDLE}{RUNTIME} run --detach --pid-file /root/pid one </dev/null >/dev/null 2>/root/said"
+        " || (cat /root/said; exit 1)"
     )
     yield machine
     machine.run(f"{RUNTIME} delete --force one")
