@@ -90,8 +90,14 @@ def _load(options: argparse.Namespace) -> Config:
         config,
         root=os.path.abspath(options.root or config.root),
         state=os.path.abspath(options.state or config.state),
-        grpc=dataclasses.replace(config.grpc, address=os.path.abspath(config.grpc.address)),
+        grpc=dataclasses.replace(config.grpc, address=_socket(config.grpc.address)),
+        ttrpc=dataclasses.replace(config.ttrpc, address=config.ttrpc.address and _socket(config.ttrpc.address)),
     )
+
+
+def _socket(address: str) -> str:
+    """The absolute path of a socket; addresses are also written as URLs, as clients take them."""
+    return os.path.abspath(address.removeprefix("unix://"))
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from wherry.core import platforms
 from wherry.core.errors import InvalidArgument, NotFound
 from wherry.daemon.durations import parse_duration
 
@@ -37,8 +38,15 @@ NEWEST_VERSION = 3
 LEVELS = ("trace", "debug", "info", "warn", "error", "fatal", "panic")
 _MESSAGE_SIZE = 16 << 20  # bytes; containerd's default
 
-# keys of containerd's schema that name things Wherry has no use for: accepted without a warning
+# tables and keys of containerd's schema that Wherry has no use for: taken, with a warning where they ask for something
 _IDLE = frozenset({"plugin_dir", "temp", "cgroup", "metrics", "stream_processors", "oom_score"})
+# what a key that is read and changes nothing carries: set to another value than containerd's default, it is warned of
+_NO_EFFECT = types.MappingProxyType({"no effect": True})
+# the deadlines that are heeded (daemon/link.py), and containerd's defaults of those that are not
+TIMEOUTS = tuple(
+    f"io.containerd.timeout.{name}" for name in ("shim.load", "shim.cleanup", "shim.shutdown", "task.state")
+)
+_IDLE_TIMEOUTS = {"io.containerd.timeout.bolt.open": "0s", "io.containerd.timeout.metrics.shimstats": "2s"}
 # plugins whose tables are read here, by URI; the other plugins' tables are reported as unknown
 _PLUGIN_FIELDS: Mapping[str, str] = {
     "io.containerd.gc.v1.scheduler": "gc",
@@ -62,11 +70,11 @@ class Grpc:
     gid: int = 0
     max_recv_message_size: int = _MESSAGE_SIZE
     max_send_message_size: int = _MESSAGE_SIZE
-    tcp_address: str = ""
-    tcp_tls_ca: str = ""
-    tcp_tls_cert: str = ""
-    tcp_tls_key: str = ""
-    tcp_tls_common_name: str = ""
+    tcp_address: str = field(default="", metadata=_NO_EFFECT)
+    tcp_tls_ca: str = field(default="", metadata=_NO_EFFECT)
+    tcp_tls_cert: str = field(default="", metadata=_NO_EFFECT)
+    tcp_tls_key: str = field(default="", metadata=_NO_EFFECT)
+    tcp_tls_common_name: str = field(default="", metadata=_NO_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,9 @@ class Ttrpc:
 class Debug:
     """`[debug]`: `level` is one of LEVELS, `format` "text" or "json", empty: text on a terminal, JSON elsewhere."""
 
-    address: str = ""
-    uid: int = 0
-    gid: int = 0
+    address: str = field(default="", metadata=_NO_EFFECT)
+    uid: int = field(default=0, metadata=_NO_EFFECT)
+    gid: int = field(default=0, metadata=_NO_EFFECT)
     level: str = ""
     format: str = ""
 
@@ -105,18 +113,24 @@ class Snapshotter:
     """`io.containerd.snapshotter.v1.*`: `root_path` empty: in the daemon's root."""
 
     root_path: str = ""
+
+
+@dataclass(frozen=True)
+class Overlayfs(Snapshotter):
+    """`io.containerd.snapshotter.v1.overlayfs`: `mount_options` are added to each mount."""
+
     upperdir_label: bool = False
-    sync_remove: bool = False
-    slow_chown: bool = False
+    sync_remove: bool = field(default=False, metadata=_NO_EFFECT)
+    slow_chown: bool = field(default=False, metadata=_NO_EFFECT)
     mount_options: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """`io.containerd.runtime.v2.task`."""
+    """`io.containerd.runtime.v2.task`: containers are of the host's platform, whatever `platforms` says."""
 
-    platforms: Sequence[str] = ()
-    sched_core: bool = False
+    platforms: Sequence[str] = field(default=(), metadata=_NO_EFFECT)
+    sched_core: bool = field(default=False, metadata=_NO_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -126,15 +140,15 @@ class Transfer:
     max_concurrent_downloads: int = 3
     max_concurrent_uploaded_layers: int = 3
     config_path: str = ""
-    check_platform_supported: bool = False
-    concurrent_layer_fetch_buffer: int = 0
-    max_concurrent_unpacks: int = 1
-    unpack_config: Sequence[Mapping[str, Any]] = ()
+    check_platform_supported: bool = field(default=False, metadata=_NO_EFFECT)
+    concurrent_layer_fetch_buffer: int = field(default=0, metadata=_NO_EFFECT)
+    max_concurrent_unpacks: int = field(default=1, metadata=_NO_EFFECT)
+    unpack_config: Sequence[Mapping[str, Any]] = field(default=(), metadata=_NO_EFFECT)
 
 
 @dataclass(frozen=True)
 class MetadataPolicy:
-    """`io.containerd.metadata.v1.bolt`: `content_sharing_policy` "shared" or "isolated"."""
+    """`io.containerd.metadata.v1.bolt`: `content_sharing_policy` "shared" or "isolated" (see daemon/content.py)."""
 
     content_sharing_policy: str = "shared"
 
@@ -143,15 +157,15 @@ class MetadataPolicy:
 class Diff:
     """`io.containerd.service.v1.diff-service`."""
 
-    default: Sequence[str] = ("walking",)
-    sync_fs: bool = False
+    default: Sequence[str] = field(default=("walking",), metadata=_NO_EFFECT)
+    sync_fs: bool = field(default=False, metadata=_NO_EFFECT)
 
 
 @dataclass(frozen=True)
 class Walking:
-    """`io.containerd.differ.v1.walking`: `sync_fs` asks for a sync after each layer; Wherry's applier always does."""
+    """`io.containerd.differ.v1.walking`: a layer is synced where the client's request asks for it (`sync_fs`)."""
 
-    sync_fs: bool = False
+    sync_fs: bool = field(default=False, metadata=_NO_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -190,10 +204,10 @@ class Config:
     ttrpc: Ttrpc = Ttrpc()
     debug: Debug = Debug()
     timeouts: Mapping[str, str] = field(default_factory=dict)
-    proxy_plugins: Mapping[str, ProxyPlugin] = field(default_factory=dict)
+    proxy_plugins: Mapping[str, ProxyPlugin] = field(default_factory=dict, metadata=_NO_EFFECT)
     runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
     gc: Gc = field(default=Gc(), metadata={"plugin": True})
-    overlayfs: Snapshotter = field(default=Snapshotter(), metadata={"plugin": True})
+    overlayfs: Overlayfs = field(default=Overlayfs(), metadata={"plugin": True})
     native: Snapshotter = field(default=Snapshotter(), metadata={"plugin": True})
     runtime: Runtime = field(default=Runtime(), metadata={"plugin": True})
     transfer: Transfer = field(default=Transfer(), metadata={"plugin": True})
@@ -280,8 +294,8 @@ class _Reader:
         plugins = tables.pop("plugins", {})
         if not isinstance(plugins, dict):
             raise InvalidArgument(f"config file {path}: plugins: expected a table")
-        for key in _IDLE & tables.keys():
-            del tables[key]
+        for key in sorted(_IDLE & tables.keys()):
+            self._idle(path, key, tables.pop(key))
         for uri, table in plugins.items():
             name = _PLUGIN_FIELDS.get(uri)
             if name is None:
@@ -290,6 +304,9 @@ class _Reader:
                 tables[f"\0{name}"] = table  # apart from a top-level table that happens to have the name
         config: Config = self._build(Config, tables, path, "")
         _check(config, path)
+        for name, text in config.timeouts.items():
+            if name not in TIMEOUTS and text != _IDLE_TIMEOUTS.get(name):
+                self._without_effect(path, f'timeouts."{name}"')
         return dataclasses.replace(config, version=version, warnings=tuple(self.warnings), files=tuple(self.files))
 
     def _build(self, kind: type[Any], table: object, path: str, at: str) -> Any:
@@ -304,9 +321,23 @@ class _Reader:
                 place = f'plugins."{_PLUGIN_URIS[item.name]}"' if "plugin" in item.metadata else f"{at}{item.name}"
                 known[item.name] = self._value(hints[item.name], table[key], path, place)
                 del table[key]
+                if "no effect" in item.metadata and known[item.name] not in _defaults(item):
+                    self._without_effect(path, place)
         for key in table:
             self.warnings.append(f"{path}: {at}{key}: unknown key, it has no effect")
         return kind(**known)
+
+    def _without_effect(self, path: str, at: str) -> None:
+        self.warnings.append(f"{path}: {at}: it has no effect here")
+
+    def _idle(self, path: str, at: str, value: object) -> None:
+        """Warn of every key below that asks for something; decryption is in containerd's own default, and in vain."""
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if at != "stream_processors" or not key.startswith("io.containerd.ocicrypt."):
+                    self._idle(path, f"{at}.{key}", item)
+        elif value:
+            self._without_effect(path, at)
 
     def _value(self, kind: Any, value: object, path: str, at: str) -> Any:
         """A value of the declared type, or InvalidArgument that says which was expected."""
@@ -328,6 +359,13 @@ class _Reader:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InvalidArgument(f"config file {path}: {at}: expected {_KINDS[kind]}, got {value!r}")
         return value
+
+
+def _defaults(item: dataclasses.Field[Any]) -> Sequence[object]:
+    """The values of a field without effect that ask for nothing."""
+    default = item.default if item.default is not dataclasses.MISSING else {}
+    # what containerd writes there by itself
+    return (default, (str(platforms.host()),)) if item.name == "platforms" else (default,)
 
 
 _KINDS: Mapping[type, str] = types.MappingProxyType(
@@ -353,6 +391,9 @@ def _check(config: Config, path: str) -> None:
         raise InvalidArgument(f"config file {path}: debug.level: expected one of {', '.join(LEVELS)}")
     if config.debug.format not in ("", "text", "json"):
         raise InvalidArgument(f'config file {path}: debug.format: expected "text" or "json"')
+    if config.metadata.content_sharing_policy not in ("shared", "isolated"):
+        at = f'plugins."{_PLUGIN_URIS["metadata"]}".content_sharing_policy'
+        raise InvalidArgument(f'config file {path}: {at}: expected "shared" or "isolated"')
     durations = {f'timeouts."{name}"': text for name, text in config.timeouts.items()}
     scheduler = f'plugins."{_PLUGIN_URIS["gc"]}"'
     durations[f"{scheduler}.schedule_delay"] = config.gc.schedule_delay

@@ -2,7 +2,9 @@
 
 Files are shared by all namespaces, records are not: a namespace sees what was committed in it. What another namespace
 has need not be sent again: an upload whose expected digest is there already stands for that blob (containerd's policy
-"shared"). The rules and texts are containerd's (core/metadata/content.go, plugins/content/local).
+"shared"). With the policy "isolated" it must be sent, as proof that the sender has it, unless the other namespace has
+the label `containerd.io/namespace.shareable=true`. The rules and texts are containerd's (core/metadata/content.go,
+plugins/content/local).
 
 The order on disk: a blob is verified and synced, then renamed to its place, the folder is synced, then its record is
 written and synced. Away it goes the other way round: the record, then the file.
@@ -55,8 +57,11 @@ CACHED_TOTAL = 1 << 20
 class ContentStore:
     """`ROOT/blobs/sha256/HEX` and `ROOT/ingest/ID/data`, and their records."""
 
-    def __init__(self, metadata: Metadata, root: str, publish: Publish | None = None) -> None:
+    def __init__(
+        self, metadata: Metadata, root: str, publish: Publish | None = None, *, isolated: bool = False
+    ) -> None:
         """`root` is the content folder itself (`/var/lib/wherry/content`); made where missing."""
+        self._isolated = isolated
         self.tree = files.Tree(root)
         self.tree.make()
         self._metadata = metadata
@@ -227,7 +232,9 @@ class ContentStore:
         writer: ContentWriter | None = None
         try:
             row = await self._metadata.write(
-                lambda db: begin(db, namespace, ref, total=total, expected=expected, lease=lease)
+                lambda db: begin(
+                    db, namespace, ref, total=total, expected=expected, lease=lease, isolated=self._isolated
+                )
             )
             if row is None:
                 raise AlreadyExists(f"content {expected}: already exists")

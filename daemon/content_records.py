@@ -16,15 +16,29 @@ if TYPE_CHECKING:
 # seconds that an upload which no lease holds stays after it was begun
 INGEST_LIFETIME = 24 * 3600
 GET = "SELECT record FROM blobs WHERE namespace = ? AND digest = ?"
+# the blob of another namespace: of any, or of those that offer theirs (containerd's label for that)
+_OTHERS = "SELECT record FROM blobs WHERE digest = ? LIMIT 1"
+_OFFERED = (
+    "SELECT record FROM blobs JOIN namespaces ON namespaces.name = blobs.namespace WHERE digest = ? "
+    """AND json_extract(labels, '$."containerd.io/namespace.shareable"') = 'true' LIMIT 1"""
+)
 STATUS = "SELECT id, ref, total, expected, shared, started FROM ingests WHERE namespace = ?"
 
 
 def begin(
-    connection: sqlite3.Connection, namespace: str, ref: str, *, total: int, expected: str, lease: str | None
+    connection: sqlite3.Connection,
+    namespace: str,
+    ref: str,
+    *,
+    total: int,
+    expected: str,
+    lease: str | None,
+    isolated: bool = False,
 ) -> tuple[int, int, int, int | None] | None:
     """Find or make the record of an upload: (id, total, started, size of the blob that it stands for).
 
-    None where the namespace has the expected blob; the lease holds that then.
+    None where the namespace has the expected blob; the lease holds that then. With `isolated` it stands for the blobs
+    of those namespaces only that offer theirs.
     """
     ensure_namespace(connection, namespace)
     shared = ""
@@ -33,7 +47,7 @@ def begin(
         if connection.execute(GET, (namespace, expected)).fetchone() is not None:
             hold(connection, namespace, lease, CONTENT, expected)
             return None
-        other = connection.execute("SELECT record FROM blobs WHERE digest = ? LIMIT 1", (expected,)).fetchone()
+        other = connection.execute(_OFFERED if isolated else _OTHERS, (expected,)).fetchone()
         if other is not None:
             size = pb.Info.FromString(other[0]).size
             if total in {0, size}:

@@ -76,7 +76,9 @@ class Plugins:
             log.info("plugin loaded", type=type, id=id, ms=round((time.perf_counter() - began) * 1000, 2))
 
     def check(self) -> None:
-        """Raise FailedPrecondition where a required plugin isn't there."""
+        """Raise FailedPrecondition where a required plugin isn't there; warn of a disabled one that is there."""
+        for uri in sorted(self._disabled & {plugin.uri for plugin in self.all}):
+            log.warning("plugin can't be disabled, it is loaded", uri=uri)
         there = {plugin.uri for plugin in self.all if plugin.error is None}
         if missing := sorted(self._required - there):
             raise FailedPrecondition(f"required plugins are not loaded: {', '.join(missing)}")

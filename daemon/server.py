@@ -109,7 +109,8 @@ class Daemon:
             metadata = await Metadata.open(self._root("metadata.db"))
             self._cleanup.push_async_callback(metadata.close)
         with load("io.containerd.content.v1", "content", exports={"root": self._root("content")}):
-            self._content = ContentStore(metadata, self._root("content"), publish)
+            isolated = self._config.metadata.content_sharing_policy == "isolated"
+            self._content = ContentStore(metadata, self._root("content"), publish, isolated=isolated)
             self._cleanup.push_async_callback(self._content.close)
         snapshotters = self._snapshotters()
         self._snapshots = SnapshotStore(metadata, snapshotters, publish)

@@ -55,6 +55,15 @@ def test_config_default_and_dump(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+def test_an_address_may_be_a_url(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[grpc]\naddress = "unix:///run/g"\n[ttrpc]\naddress = "unix:///run/t"\n')
+    dumped = tomllib.loads(wherryd("--config", str(path), "config", "dump").stdout)
+    assert (dumped["grpc"]["address"], dumped["ttrpc"]["address"]) == ("/run/g", "/run/t")
+    dumped = tomllib.loads(wherryd("--address", "unix:///run/x", "config", "dump").stdout)
+    assert (dumped["grpc"]["address"], dumped["ttrpc"]["address"]) == ("/run/x", "")
+
+
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     done = wherryd("--config", str(tmp_path / "none.toml"))
     assert (done.returncode, done.stderr) == (1, f"wherryd: config file {tmp_path}/none.toml: not found\n")

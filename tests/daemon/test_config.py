@@ -6,11 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.peers import need
+from wherry.core import platforms
 from wherry.core.errors import InvalidArgument, NotFound
 from wherry.daemon import config
 from wherry.daemon.durations import parse_duration
+from wherry.daemon.plugins import Plugins
 from wherry.daemon.toml import dumps
 
 
@@ -80,7 +83,10 @@ no_shim = false
 shim_debug = false
 """
     read = config.load(write(tmp_path / "c.toml", text))
-    assert read.warnings == (f'{tmp_path}/c.toml: plugins."linux": no such plugin here, its settings have no effect',)
+    assert read.warnings == (
+        f'{tmp_path}/c.toml: plugins."linux": no such plugin here, its settings have no effect',
+        f"{tmp_path}/c.toml: debug.address: it has no effect here",
+    )
     assert read.disabled_plugins == ("cri",)
     assert read.grpc.address == "/var/run/docker/containerd/containerd.sock"
     assert read.ttrpc_address == "/var/run/docker/containerd/containerd.sock.ttrpc"
@@ -106,7 +112,10 @@ version = 3
     assert read.gc.pause_threshold == 1.0
     assert read.runtimes["io.containerd.runsc.v1"].config_path == "/etc/runsc.toml"
     assert read.proxy_plugins["stargz"].exports == {"root": "/var/lib/stargz"}
-    assert [warning.split(": ")[1] for warning in read.warnings] == ['plugins."io.containerd.cri.v1.runtime"']
+    assert [warning.split(": ")[1] for warning in read.warnings] == [
+        'plugins."io.containerd.cri.v1.runtime"',
+        "proxy_plugins",
+    ]
 
 
 def test_unknown_keys_warn_with_their_path(tmp_path: Path) -> None:
@@ -117,9 +126,83 @@ def test_unknown_keys_warn_with_their_path(tmp_path: Path) -> None:
     ]
 
 
+SHIM, BOLT, TRANSFER = (
+    "io.containerd.runtime.v2.task",
+    "io.containerd.metadata.v1.bolt",
+    "io.containerd.transfer.v1.local",
+)
+OVERLAYFS, NATIVE = "io.containerd.snapshotter.v1.overlayfs", "io.containerd.snapshotter.v1.native"
+
+
+@pytest.mark.parametrize(
+    ("text", "at"),
+    [
+        ('[grpc]\ntcp_address = "127.0.0.1:1"', "grpc.tcp_address"),
+        ('[debug]\naddress = "/x"', "debug.address"),
+        ("[debug]\nuid = 5", "debug.uid"),
+        ('[metrics]\naddress = "127.0.0.1:1338"', "metrics.address"),
+        ('[cgroup]\npath = "/x"', "cgroup.path"),
+        ("oom_score = -500", "oom_score"),
+        ('[stream_processors."mine"]\npath = "x"', "stream_processors.mine.path"),
+        ('[timeouts]\n"io.containerd.timeout.bolt.open" = "5s"', 'timeouts."io.containerd.timeout.bolt.open"'),
+        ('[timeouts]\n"shim.lode" = "5s"', 'timeouts."shim.lode"'),
+        ('[proxy_plugins.x]\ntype = "snapshot"', "proxy_plugins"),
+        (f'[plugins."{OVERLAYFS}"]\nsync_remove = true', f'plugins."{OVERLAYFS}".sync_remove'),
+        (f'[plugins."{OVERLAYFS}"]\nslow_chown = true', f'plugins."{OVERLAYFS}".slow_chown'),
+        (f'[plugins."{SHIM}"]\nplatforms = ["plan9/mips"]', f'plugins."{SHIM}".platforms'),
+        (f'[plugins."{SHIM}"]\nsched_core = true', f'plugins."{SHIM}".sched_core'),
+        (f'[plugins."{TRANSFER}"]\nmax_concurrent_unpacks = 4', f'plugins."{TRANSFER}".max_concurrent_unpacks'),
+        (f'[[plugins."{TRANSFER}".unpack_config]]\nplatform = "x"', f'plugins."{TRANSFER}".unpack_config'),
+        (
+            '[plugins."io.containerd.service.v1.diff-service"]\ndefault = ["a"]',
+            'plugins."io.containerd.service.v1.diff-service".default',
+        ),
+        (
+            '[plugins."io.containerd.differ.v1.walking"]\nsync_fs = true',
+            'plugins."io.containerd.differ.v1.walking".sync_fs',
+        ),
+    ],
+)
+def test_what_has_no_effect_warns_with_its_path(tmp_path: Path, text: str, at: str) -> None:
+    path = write(tmp_path / "c.toml", text)
+    assert config.load(path).warnings == (f"{path}: {at}: it has no effect here",)
+
+
+def test_what_asks_for_nothing_does_not_warn(tmp_path: Path) -> None:
+    text = f"""
+oom_score = 0
+[metrics]
+address = ""
+grpc_histogram = false
+[stream_processors."io.containerd.ocicrypt.decoder.v1.tar"]
+path = "ctd-decoder"
+[timeouts]
+"io.containerd.timeout.bolt.open" = "0s"
+"io.containerd.timeout.shim.load" = "7s"
+[plugins."{SHIM}"]
+platforms = ["{platforms.host()}"]
+[plugins."{OVERLAYFS}"]
+sync_remove = false
+"""
+    assert config.load(write(tmp_path / "c.toml", text)).warnings == ()
+    native = write(tmp_path / "n.toml", f'[plugins."{NATIVE}"]\nsync_remove = true')
+    assert config.load(native).warnings == (f'{native}: plugins."{NATIVE}".sync_remove: unknown key, it has no effect',)
+
+
+def test_disabling_what_stays_warns() -> None:
+    plugins = Plugins(["io.containerd.gc.v1.scheduler", "io.containerd.grpc.v1.cri", "io.containerd.grpc.v1.tasks"])
+    with plugins.load("io.containerd.gc.v1", "scheduler"):
+        pass
+    assert not plugins.enabled("io.containerd.grpc.v1", "tasks")
+    with capture_logs() as said:
+        plugins.check()
+    assert [entry["uri"] for entry in said if entry["log_level"] == "warning"] == ["io.containerd.gc.v1.scheduler"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        (f'[plugins."{BOLT}"]\ncontent_sharing_policy = "x"', 'policy: expected "shared" or "isolated"'),
         ('[grpc]\nuid = "abc"', "grpc.uid: expected an integer, got 'abc'"),
         ("[grpc]\naddress = 5", "grpc.address: expected a string, got 5"),
         ("[grpc]\nuid = true", "grpc.uid: expected an integer, got True"),

@@ -22,8 +22,10 @@ from wherry.core.errors import (
     Unavailable,
     WherryError,
 )
+from wherry.daemon.content import ContentStore
 from wherry.daemon.metadata import Metadata
 from wherry.proto import content_pb2 as pb
+from wherry.proto.namespaces_pb2 import Namespace
 
 DATA = os.urandom(3 << 20) + b"tail"
 
@@ -446,6 +448,29 @@ async def test_the_start_makes_files_and_records_agree(tmp_path: Path) -> None:
         assert [info.digest for info in await all_.content.list(NS)] == [kept.digest]
         assert not orphan.exists()
         assert os.listdir(tmp_path / "content" / "ingest") == []
+
+
+async def test_isolated_namespaces_upload_what_they_want_to_have(tmp_path: Path) -> None:
+    data = b"mine" * 1000
+    async with stores(tmp_path) as all_:
+        content = ContentStore(all_.metadata, str(tmp_path / "content"), isolated=True)
+        try:
+            info = await content.put(NS, "a", data)
+            async with await content.writer("other", "r", total=len(data), expected=info.digest) as writer:
+                assert (writer.shared, writer.offset) == ("", 0)
+                with pytest.raises(FailedPrecondition):
+                    await writer.commit(len(data), info.digest)
+            assert await content.list("other") == []
+            await content.put("other", "r", data, expected=info.digest)
+            assert content.info("other", info.digest).size == len(data)
+            # who says that everybody may have its blobs shares them
+            offered = Namespace(name=NS, labels={"containerd.io/namespace.shareable": "true"})
+            await all_.namespaces.update(offered)
+            async with await content.writer("third", "r", expected=info.digest) as writer:
+                assert writer.offset == len(data)
+                await writer.commit(len(data), info.digest)
+        finally:
+            await content.close()
 
 
 KILLED = """
