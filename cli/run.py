@@ -15,7 +15,7 @@ from wherry.cli.table import Command
 from wherry.client.fifos import Fifos
 from wherry.client.launch import create, remove
 from wherry.client.tasks import Stdio
-from wherry.core.errors import InvalidArgument, NotFound, Unavailable, WherryError
+from wherry.core.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, WherryError
 
 if TYPE_CHECKING:
     from wherry.cli.attach import Waiter
@@ -147,7 +147,7 @@ async def run_task(session: Session, launched: Launched, args: argparse.Namespac
         except BaseException:
             await kill_task(client, container.id)
             raise
-        await patiently(lambda: client.tasks.delete(container.id))
+        await patiently(lambda: client.tidying().tasks.delete(container.id))
         return status
     finally:
         if fifos is not None:
@@ -158,6 +158,10 @@ async def _created(client: Client, container: str, creating: PendingTask) -> int
     """The new task's pid; when somebody loses patience meanwhile, the task goes as soon as it is there."""
     try:
         return await creating.pid()
+    except DeadlineExceeded:
+        # it may have come to be in the last moment
+        await kill_task(client, container)
+        raise
     except WherryError:
         raise
     except BaseException:
@@ -199,8 +203,11 @@ def follow(
 
 
 async def kill_task(client: Client, container: str, exec_id: str = "") -> None:
-    """Ends and removes a process whatever state it is in; what goes wrong hides nothing that went wrong before."""
-    tasks = client.tasks
+    """Ends and removes a process whatever state it is in; what goes wrong hides nothing that went wrong before.
+
+    Also where the command's time is over: this has time of its own.
+    """
+    tasks = client.tidying().tasks
     with contextlib.suppress(WherryError):
         try:
             await tasks.delete(container, exec_id)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # what a lease that nobody ends lives for, in seconds: containerd's clients say a day
 LEASE_SECONDS = 24 * 3600
+# for removing what an interrupted command leaves behind: what is in the way of it for longer stays in the way
+TIDY_SECONDS = 30.0
 
 
 class Client:
@@ -134,6 +136,10 @@ class Client:
     async def version(self) -> Version:
         """The daemon's version."""
         return await self.introspection.version()
+
+    def tidying(self) -> Client:
+        """The same daemon, with time of its own to remove what was begun: also after this client's time is over."""
+        return Client(self.calls.with_seconds(TIDY_SECONDS))
 
     def within(self, namespace: str) -> Client:
         """The same daemon in another namespace."""

@@ -85,17 +85,18 @@ async def create(client: Client, launch: Launch) -> Launched:
             container = await _set_user(client, container, launch, look, mounts)
         except BaseException:
             with contextlib.suppress(WherryError):
-                await client.snapshots(snapshotter).remove(launch.id)
+                await client.tidying().snapshots(snapshotter).remove(launch.id)
             raise
     except BaseException:
         with contextlib.suppress(WherryError):
-            await client.containers.delete(launch.id)
+            await client.tidying().containers.delete(launch.id)
         raise
     return Launched(container, tuple(mounts))
 
 
 async def remove(client: Client, container: Container) -> None:
-    """Removes a container and its snapshot; a snapshot that is gone already is no error."""
+    """Removes a container and its snapshot, in time of its own; a snapshot that is gone already is no error."""
+    client = client.tidying()
     if container.snapshot_key and container.snapshotter:
         with contextlib.suppress(NotFound):
             await client.snapshots(container.snapshotter).remove(container.snapshot_key)

@@ -139,6 +139,10 @@ class Calls:
         """The same calls in another namespace; a lease belongs to its namespace and stays behind."""
         return Calls(self.transport, namespace, timeout=self.timeout, deadline=self.deadline)
 
+    def with_seconds(self, seconds: float) -> Calls:
+        """The same calls with this much time for all of them together, whatever the limits were."""
+        return Calls(self.transport, self.namespace, deadline=time.monotonic() + seconds, lease=self.lease)
+
     def metadata(self) -> dict[str, str]:
         """The keys that a daemon reads, for both kinds of transport."""
         keys = {GRPC_NAMESPACE: self.namespace, TTRPC_NAMESPACE: self.namespace}

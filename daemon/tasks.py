@@ -222,10 +222,17 @@ class TaskService:
     # -- helpers
 
     async def _shim(self, identity: str, context: Context) -> Shim:
-        """The shim of a container. Raises NotFound for a container that isn't there, and for one without a task."""
+        """The shim of a container. Raises NotFound for a container that isn't there, and for one without a task.
+
+        The shim is what counts: a task whose record somebody removed (containerd lets them) can still be ended. There
+        containerd asks for the record first, and such a task stays until its daemon starts again.
+        """
         namespace = require_namespace(context)
-        self._containers.get(namespace, identity)
-        return await self._shims.get(namespace, identity)
+        try:
+            return await self._shims.get(namespace, identity)
+        except NotFound:
+            self._containers.get(namespace, identity)
+            raise
 
     def _runtime(
         self, namespace: str, container: Container, request: pb.CreateTaskRequest

@@ -43,6 +43,16 @@ def test_output_input_and_exit_code(wherry: Wherry) -> None:
     assert (done.stdout, done.stderr) == ("in\n", "err\n")
 
 
+def test_a_command_whose_time_is_over_leaves_nothing(wherry: Wherry, daemon: Wherryd) -> None:
+    done = wherry.run("--timeout", "1s", "run", "--rm", BUSYBOX, "late", "sleep", "100", code=None)
+    assert done.returncode not in {0, 137}
+    assert "deadline exceeded" in done.stderr
+    assert "late" not in wherry.run("tasks", "ls", "-q").stdout
+    assert wherry.ids() == []
+    assert "late" not in wherry.run("snapshots", "ls").stdout
+    assert daemon.settle() == []
+
+
 def test_much_output_comes_whole(wherry: Wherry, tmp_path: Path) -> None:
     target = tmp_path / "out"
     with target.open("wb") as out:

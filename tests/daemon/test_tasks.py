@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pty
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import pytest
 
 from tests.peers import need
 from tests.wherryd import BUSYBOX, Wherryd
+from wherry.client import connect
 
 RUNTIMES = ("bundled", "runc", "foreign")
 
@@ -131,6 +134,23 @@ def test_a_task_is_created_once(daemon: Wherryd) -> None:
     wait_for(daemon, "once", "STOPPED")
     daemon.ctr("task", "delete", "once", check=False)
     daemon.ctr("containers", "delete", "once")
+
+
+def test_a_task_whose_record_is_gone_can_be_ended(daemon: Wherryd, runtime: list[str]) -> None:
+    daemon.ctr("run", "-d", *runtime, BUSYBOX, "bare", "sleep", "1000")
+
+    async def end() -> int:
+        async with await connect(daemon.address) as client:
+            await client.containers.delete("bare")
+            assert [task.id for task in await client.tasks.list()] == ["bare"]
+            waiting = client.tasks.waiting("bare")
+            await client.tasks.kill("bare", signal.SIGKILL)
+            await waiting.result()
+            return (await client.tasks.delete("bare")).status
+
+    assert asyncio.run(end()) == 137
+    assert "bare" not in daemon.ctr("task", "ls").stdout
+    daemon.ctr("snapshots", "rm", "bare")
 
 
 def test_what_is_not_there_is_said_in_containerds_words(daemon: Wherryd) -> None:
