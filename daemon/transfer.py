@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -172,7 +172,7 @@ class TransferService:
     @contextlib.asynccontextmanager
     async def _resolver(self, call: _Call, registry: types.OCIRegistry) -> AsyncIterator[Resolver]:
         from wherry.daemon.transfer_credentials import credentials_for  # noqa: PLC0415
-        from wherry.registry.hosts import Host, hosts_for  # noqa: PLC0415
+        from wherry.registry.hosts import Host, hosts_for, netloc_of  # noqa: PLC0415
         from wherry.registry.resolver import Resolver  # noqa: PLC0415
 
         asked = registry.resolver
@@ -183,7 +183,8 @@ class TransferService:
         def find(name: str) -> list[Host]:
             config_dir = asked.host_dir or self._options.config_path
             found = hosts_for(name, config_dir=config_dir, default_scheme=asked.default_scheme)
-            return [replace(host, headers={**headers, **host.headers}) for host in found] if headers else found
+            own = netloc_of(name)
+            return [replace(host, headers={**_for(host.netloc == own, headers), **host.headers}) for host in found]
 
         try:
             async with Resolver(find, credentials) as resolver:
@@ -305,6 +306,11 @@ def _expect(message: Message, kind: type[T]) -> T:
         have, want = message.DESCRIPTOR.full_name, kind.DESCRIPTOR.full_name
         raise InvalidArgument(f"{have} where {want} belongs: invalid argument")
     return message
+
+
+def _for(registry: bool, headers: Mapping[str, str]) -> Mapping[str, str]:
+    """The client's headers for a host: only the registry itself learns who the user is, no mirror of it."""
+    return {key: value for key, value in headers.items() if registry or key.lower() != "authorization"}
 
 
 def _names(store: types.ImageStore, target: Descriptor) -> list[str]:

@@ -9,6 +9,7 @@ from functools import partial
 
 from wherry.core import typeurl
 from wherry.core.errors import Unauthenticated
+from wherry.core.reference import parse
 from wherry.daemon.streaming import Stream
 from wherry.proto import transfer_types_pb2 as types
 from wherry.registry.credentials import Credential, Credentials, anonymous
@@ -18,20 +19,24 @@ ANSWER_SECONDS = 120.0
 
 
 def credentials_for(reference: str, headers: dict[str, str], stream: Stream | None) -> Credentials:
-    """The credentials of a transfer. A `Basic` header is taken out of `headers`: it is for tokens, too."""
+    """The credentials of a transfer. A `Basic` header is taken out of `headers`: it is for tokens, too.
+
+    Raises InvalidArgument for a reference that is none.
+    """
     for key in list(headers):
         if key.lower() == "authorization":
             given = _basic(headers[key])
             if given is not None:
                 del headers[key]
-                return partial(_give, given)
+                return partial(_give, given, parse(reference).host)
     if stream is not None:
         return partial(_ask, stream, reference, asyncio.Lock())
     return anonymous
 
 
-async def _give(credential: Credential, host: str) -> Credential | None:
-    return credential
+async def _give(credential: Credential, registry: str, host: str) -> Credential | None:
+    """The user's password for the registry of the reference, and for nobody who stands in front of it."""
+    return credential if host == registry else None
 
 
 def _basic(header: str) -> Credential | None:

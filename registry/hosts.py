@@ -74,6 +74,11 @@ def hosts_for(name: str, *, config_dir: str = "", default_scheme: str = "") -> l
     return [default]
 
 
+def netloc_of(name: str) -> str:
+    """Where a registry is by its name alone. What stands elsewhere is a mirror, and not told who the user is there."""
+    return DOCKER_REGISTRY if name == DEFAULT_HOST else name
+
+
 def is_local(netloc: str) -> bool:
     """A loopback address, which nobody else can listen in on: plain http is tried there by default."""
     host = netloc.rpartition(":")[0] if re.search(r":\d+$", netloc) else netloc
@@ -82,7 +87,7 @@ def is_local(netloc: str) -> bool:
 
 def _default(name: str, scheme: str) -> Host:
     if name == DEFAULT_HOST:
-        return Host("https", DOCKER_REGISTRY)
+        return Host("https", netloc_of(name))
     if not scheme:
         scheme = "http" if is_local(name) and not name.endswith(":443") else "https"
     return Host(scheme, name)

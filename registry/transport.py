@@ -25,7 +25,7 @@ from wherry.core.errors import (
 )
 from wherry.registry.auth import Authorizer
 from wherry.registry.credentials import Credentials, anonymous
-from wherry.registry.hosts import Host
+from wherry.registry.hosts import Host, netloc_of
 
 MAX_REDIRECTS = 10
 # seconds without a byte after which a peer counts as gone
@@ -181,7 +181,7 @@ class Transport:
                 return await self._token(host, realm, fields, headers, post=post)
 
             # a mirror is its own registry: the user's password for the upstream isn't its business
-            own = name if host.netloc in {name, "registry-1.docker.io"} else host.netloc
+            own = name if host.netloc == netloc_of(name) else host.netloc
             # and whoever a foreign layer's URL names gets no credentials at all
             self._authorizers[key] = Authorizer(own, self._credentials if host.netloc else anonymous, fetch)
         return self._authorizers[key]

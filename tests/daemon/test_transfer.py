@@ -349,6 +349,26 @@ async def test_credentials_come_from_the_client(rig: Rig, serve: Serve) -> None:
     assert [image.name for image in await rig.stores.images.list(NS)] == ["x", "y"]
 
 
+@pytest.mark.parametrize("scheme", ["Basic", "Bearer"])
+async def test_a_mirror_does_not_learn_the_users_password(rig: Rig, serve: Serve, tmp_path: Path, scheme: str) -> None:
+    normal = serving(make_image(LAYERS[:1]))
+    secret = f"{scheme} bWU6cGFzcw=="
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != secret:
+            return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="x"'})
+        return await normal(request)
+
+    mirror, server = await serve(handler), await serve(handler)
+    folder = tmp_path / "hosts" / server.address
+    folder.mkdir(parents=True)
+    (folder / "hosts.toml").write_text(f'[host."http://{mirror.address}"]\n')
+    source = registry_end(f"{server.address}/x:v1", headers={"Authorization": secret}, host_dir=str(tmp_path / "hosts"))
+    await rig.transfer(source, image_store("x"))
+    assert mirror.seen
+    assert [request for request in mirror.seen if "Authorization" in request.headers] == []
+
+
 # -- push, tag
 
 

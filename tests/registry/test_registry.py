@@ -29,6 +29,7 @@ from wherry.registry.credentials import Credential, fixed, from_docker_config
 from wherry.registry.hosts import Host, hosts_for
 from wherry.registry.pusher import Pusher
 from wherry.registry.resolver import Resolver
+from wherry.registry.transport import Transport
 
 BLOB = os.urandom(300_000)
 LAYER = Descriptor(mediatypes.OCI_LAYER, Digest.of(BLOB), len(BLOB))
@@ -379,6 +380,20 @@ def test_a_wrong_file_is_named(tmp_path: Path, bad: str) -> None:
     (folder / "hosts.toml").write_text(bad)
     with pytest.raises(InvalidArgument, match=r"hosts\.toml"):
         hosts_for("x.example", config_dir=str(tmp_path))
+
+
+async def test_dockers_registry_as_a_mirror_is_a_mirror() -> None:
+    asked: list[str] = []
+
+    async def credentials(host: str) -> Credential | None:
+        asked.append(host)
+        return None
+
+    transport = Transport(credentials)
+    hub = Host("https", "registry-1.docker.io")
+    for name, own in (("docker.io", "docker.io"), ("quay.example", "registry-1.docker.io")):
+        await transport._authorizer(name, hub)._credential_of_user()
+        assert asked.pop() == own
 
 
 async def test_dockers_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
