@@ -91,8 +91,10 @@ def test_features_say_so(machine: Machine) -> None:
 
 @pytest.mark.parametrize("name", ["exec", "filesystem", "lifecycle", "process", "rare"])
 def test_those_of_the_host_hold_here(machine: Machine, name: str) -> None:
-    """On pure v2. The references aren't in the image."""
-    chosen = "-k 'not runc and not crun and not network_device'"
+    """On pure v2. The references aren't in the image; its kernel, 6.1, can't map ids on a tmpfs (6.3) nor take an
+    overlay's
+    layers one by one (6.7)."""
+    chosen = "-k 'not runc and not crun and not idmapped and not many_layers'"
     machine.check(
         f"cd /opt/src && python -B -m pytest -q -p no:cacheprovider {chosen} tests/runtime/test_{name}.py", timeout=170
     )
