@@ -29,6 +29,7 @@ from wherry.core.errors import AlreadyExists, Code, WherryError
 from wherry.linux.process import reserve_process_title, set_child_subreaper, set_process_title
 from wherry.proto.ttrpc import sockets
 from wherry.runtime import container as bundled
+from wherry.shim import template
 from wherry.shim.cleanup import clean_up
 from wherry.shim.log import log, log_exception, take_over
 from wherry.shim.pools import fill_holes
@@ -63,6 +64,7 @@ def preload() -> Life:
     fill_holes()
     # nothing collected later looks at them, so their pages stay shared
     gc.freeze()
+    life.template = template.take()
     return life
 
 

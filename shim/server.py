@@ -38,13 +38,16 @@ Services = Mapping[str, Mapping[str, Handler]]
 
 
 class Server:
-    """Serves `services`; `connected` is called for each new connection."""
+    """Serves `services`; `connected` is called for each new connection, `answered` after each answer."""
 
-    def __init__(self, loop: Loop, services: Services, connected: Callable[[], None]) -> None:
+    def __init__(
+        self, loop: Loop, services: Services, connected: Callable[[], None], answered: Callable[[], None]
+    ) -> None:
         self._loop = loop
         self._services = services
         self._listener: socket.SocketType | None = None
         self._connected = connected
+        self._answered = answered
         self._connections: set[_Connection] = set()
 
     def listen(self, listener: socket.SocketType) -> None:
@@ -65,7 +68,7 @@ class Server:
 
     def adopt(self, peer: int) -> None:
         """Serve a connected, non-blocking socket, given as a descriptor that is the server's from now on."""
-        self._connections.add(_Connection(self._loop, self._services, peer, self._connections.discard))
+        self._connections.add(_Connection(self._loop, self._services, peer, self._connections.discard, self._answered))
         self._connected()
 
     @property
@@ -89,11 +92,19 @@ class Server:
 
 
 class _Connection:
-    def __init__(self, loop: Loop, services: Services, peer: int, closed: Callable[[_Connection], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        services: Services,
+        peer: int,
+        closed: Callable[[_Connection], None],
+        answered: Callable[[], None],
+    ) -> None:
         self._loop = loop
         self._services = services
         self._peer = peer
         self._closed = closed
+        self._answered = answered
         self._protocol = ServerConnection()
         self._out = bytearray()
         self._open = True
@@ -170,6 +181,7 @@ class _Connection:
     def _send(self, data: bytes) -> None:
         if not self._open or not data:
             return
+        self._answered()
         waited = bool(self._out)
         self._out += data
         if len(self._out) > MAX_UNSENT:

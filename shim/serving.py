@@ -22,12 +22,15 @@ from wherry.shim.oci_runtime import BUNDLED_ROOT
 from wherry.shim.process import Shim
 from wherry.shim.server import Server
 from wherry.shim.task import TaskService
+from wherry.shim.template import Template
 
 NAME: Final = "containerd-shim-wherry-v1"
 # events that the daemon doesn't take hold up the end of a shim for so long (containerd's shim: 5 s)
 FLUSH: Final = 5.0
 # a shim whose daemon died between starting it and using it ends by itself after so many seconds
 UNUSED: Final = 120.0
+# seconds after a call that most short-lived containers don't live to see
+REST: Final = 0.4
 _MAX_OOM_SCORE: Final = 1000
 # a terminal that goes away or a service manager's SIGTERM don't end a container
 IGNORED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -98,7 +101,9 @@ class Life:
         self.publisher = Publisher(self.loop, self.children)
         self.shim = Shim(self.loop, self.children, self.publisher)
         self.service = TaskService(self.shim, self._shut_down)
-        self.server = Server(self.loop, self.service.services(), self.publisher.retry_now)
+        self.server = Server(self.loop, self.service.services(), self.publisher.retry_now, self._answered)
+        self.template: Template | None = None
+        self._resting = False
         self._ending = False
 
     def begin(self, parameters: Parameters) -> None:
@@ -125,6 +130,17 @@ class Life:
             self.server.close()
             with contextlib.suppress(OSError):
                 os.unlink(parameters.socket)
+
+    def _answered(self) -> None:
+        """After a burst of calls, what they wrote to and left as it was is given back."""
+        if self.template is not None and not self._resting:
+            self._resting = True
+            self.loop.later(REST, self._rest)
+
+    def _rest(self) -> None:
+        self._resting = False
+        if self.template is not None:
+            self.template.give_back()
 
     def _shut_down(self) -> None:
         if not self._ending:
