@@ -14,6 +14,7 @@ from wherry.cli.arguments import user_secret
 from wherry.cli.output import size
 from wherry.cli.terminal import is_terminal, window
 from wherry.client.transfer import Progress, Registry
+from wherry.core.credentials import from_docker_config
 from wherry.core.errors import Unimplemented
 from wherry.core.reference import parse_familiar
 
@@ -28,7 +29,9 @@ FINAL = ("complete", "exists", "extracted", "completed", "saved", "uploaded")
 def registry_options(parser: argparse.ArgumentParser) -> None:
     """How the registry is reached."""
     parser.add_argument("--plain-http", action="store_true", help="HTTP without TLS")
-    parser.add_argument("-u", "--user", default="", metavar="USER[:PASSWORD]", help="credentials")
+    parser.add_argument(
+        "-u", "--user", default="", metavar="USER[:PASSWORD]", help="who you are (else as docker login said)"
+    )
     parser.add_argument("--hosts-dir", default="", metavar="DIR", help="hosts.toml files (certificates, mirrors)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
@@ -45,6 +48,7 @@ def registry(args: argparse.Namespace, reference: str) -> Registry:
         user=user_secret(args.user),
         scheme="http" if args.plain_http else "",
         hosts_dir=args.hosts_dir,
+        credentials=from_docker_config(),
     )
 
 

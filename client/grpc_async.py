@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -47,6 +47,7 @@ class AsyncStream(Generic[R]):
 
     def __init__(self, call: grpc.aio.StreamStreamCall[Any, R]) -> None:
         self._call = call
+        self._answering: asyncio.Task[None] | None = None
 
     async def send(self, message: Message) -> None:
         """Sends one message; a call that is over says why."""
@@ -75,8 +76,21 @@ class AsyncStream(Generic[R]):
             raise as_error(code, await self._call.details())
         return None
 
+    def answer(self, respond: Callable[[R], Message]) -> None:
+        """A task answers; what `respond` does blocks nobody."""
+        self._answering = asyncio.get_running_loop().create_task(self._answer(respond))
+
+    async def _answer(self, respond: Callable[[R], Message]) -> None:
+        # what is wrong with the stream, the call that it is for says better
+        with contextlib.suppress(WherryError):
+            while (message := await self.receive()) is not None:
+                await self.send(await asyncio.to_thread(respond, message))
+
     async def close(self) -> None:
         """Cancels what isn't over."""
+        if self._answering is not None:
+            self._answering.cancel()
+            await asyncio.gather(self._answering, return_exceptions=True)
         self._call.cancel()
 
 

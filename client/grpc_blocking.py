@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -97,6 +98,16 @@ class BlockingStream(Generic[R]):
         except grpc.RpcError as failure:
             raise _raised(failure) from None
         return message
+
+    def answer(self, respond: Callable[[R], Message]) -> None:
+        """A thread answers."""
+
+        def run() -> None:
+            with contextlib.suppress(grpc.RpcError):
+                for message in self._call:
+                    self._requests.put(respond(message))
+
+        threading.Thread(target=run, daemon=True).start()
 
     async def close(self) -> None:
         """Cancels what isn't over and lets grpc's thread go."""

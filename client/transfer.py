@@ -14,6 +14,8 @@ from google.protobuf.message import Message
 from wherry.client.transport import Calls, Stream
 from wherry.client.values import platform_message
 from wherry.core import typeurl
+from wherry.core.credentials import Lookup
+from wherry.core.errors import Unauthenticated, WherryError
 from wherry.core.platforms import Platform
 from wherry.proto import streaming_pb2
 from wherry.proto import transfer_pb2 as pb
@@ -34,13 +36,44 @@ class Progress(NamedTuple):
 
 
 class Registry(NamedTuple):
-    """A registry as source or destination. `user` is `name:password`, `scheme` `http`, or "" for the rule of hosts."""
+    """A registry as source or destination. `scheme` is `http`, or "" for the rule of hosts.
+
+    Who the user is, `user` says (`name:password`, for this registry alone), else `credentials`, which the daemon has
+    asked for each host that wants to know, a mirror as well.
+    """
 
     reference: str
     user: str = ""
     scheme: str = ""
     hosts_dir: str = ""
     headers: Mapping[str, str] | None = None
+    credentials: Lookup | None = None
+
+
+class _Answers:
+    """What the daemon is told when it asks who the user is. An error of the lookup is kept: it may not matter."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self.error: WherryError | None = None
+
+    def __call__(self, packed: Packed) -> Message:
+        try:
+            credential = self._lookup(typeurl.unpack_as(packed, types.AuthRequest).host)
+        except WherryError as error:
+            self.error = error
+            credential = None
+        answer = types.AuthResponse()
+        if credential is None:
+            answer.authType = types.NONE
+        elif credential.header:
+            answer.authType, answer.secret = types.HEADER, credential.header
+        elif credential.refresh_token:
+            answer.authType, answer.secret = types.REFRESH, credential.refresh_token
+        else:
+            answer.authType = types.CREDENTIALS
+            answer.username, answer.secret = credential.username, credential.secret
+        return typeurl.pack(answer)
 
 
 def _id(kind: str) -> str:
@@ -97,14 +130,28 @@ class Transfer:
     async def _with_credentials(
         self, registry: Registry, store: types.ImageStore, *, pull: bool
     ) -> AsyncIterator[Progress]:
-        # a Basic header asks no questions back: the stream of credentials is for registries that want more
+        # a Basic header asks no questions back, the lookup is asked over a stream
         headers = dict(registry.headers or {})
         if registry.user:
             headers["Authorization"] = "Basic " + base64.b64encode(registry.user.encode()).decode()
         resolver = types.RegistryResolver(headers=headers, host_dir=registry.hosts_dir, default_scheme=registry.scheme)
-        end = types.OCIRegistry(reference=registry.reference, resolver=resolver)
-        async for progress in self._run(end, store) if pull else self._run(store, end):
-            yield progress
+        answers = None if registry.user or registry.credentials is None else _Answers(registry.credentials)
+        stream = None
+        try:
+            if answers is not None:
+                resolver.auth_stream = _id("auth")
+                stream = await self._open(resolver.auth_stream)
+                stream.answer(answers)
+            end = types.OCIRegistry(reference=registry.reference, resolver=resolver)
+            async for progress in self._run(end, store) if pull else self._run(store, end):
+                yield progress
+        except Unauthenticated as error:
+            if answers is not None and answers.error is not None:
+                raise answers.error from error
+            raise
+        finally:
+            if stream is not None:
+                await stream.close()
 
     async def _run(self, source: Message, destination: Message) -> AsyncIterator[Progress]:
         """The transfer, and its progress as it comes."""

@@ -13,7 +13,7 @@ Every call raises `wherry.core.errors` kinds and nothing else.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -58,6 +58,12 @@ class Stream(Protocol[Response_co]):
 
     async def receive(self) -> Response_co | None:
         """The next message, None at the end; raises where the call failed."""
+
+    def answer(self, respond: Callable[[Response_co], Message]) -> None:
+        """From now on `respond` says what is sent back for each message, while other calls are waited for.
+
+        Nobody calls `receive` then. `respond` may take its time, and raises nothing.
+        """
 
     async def close(self) -> None:
         """Gives the call up where it isn't over, frees what it holds. May be called twice."""

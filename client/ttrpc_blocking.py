@@ -43,6 +43,8 @@ class _Connection:
         self.protocol = ClientConnection()
         self.inbox: dict[int, deque[Answer | Payload]] = {}
         self.lost: Unavailable | None = None
+        # streams that are answered while somebody waits for another one
+        self.responders: dict[int, Callable[[Answer | Payload], bool]] = {}
 
     def open(self, path: str, payload: bytes, metadata: Mapping[str, str], timeout: float | None, flags: int) -> int:
         service, _, method = path.partition("/")
@@ -90,7 +92,11 @@ class _Connection:
     def next(self, stream: int, deadline: float | None) -> Answer | Payload:
         """The next thing that came for a stream; waits for it. Raises DeadlineExceeded, Unavailable."""
         box = self.inbox[stream]
-        while not box:
+        while True:
+            # here and not where it is taken in, which may be in the middle of sending something else
+            self._respond()
+            if box:
+                return box.popleft()
             if self.lost is not None:
                 raise self.lost
             left = None if deadline is None else deadline - time.monotonic()
@@ -99,12 +105,20 @@ class _Connection:
                 raise DeadlineExceeded("the daemon didn't answer in time: context deadline exceeded")
             select.select([self.socket], [], [], left)
             self.pump()
-        return box.popleft()
+
+    def _respond(self) -> None:
+        for stream, respond in list(self.responders.items()):
+            box = self.inbox.get(stream)
+            while box:
+                if not respond(box.popleft()):
+                    self.responders.pop(stream, None)
+                    break
 
     def forget(self, stream: int) -> None:
         """What still comes for this stream is dropped."""
         self.protocol.forget(stream)
         self.inbox.pop(stream, None)
+        self.responders.pop(stream, None)
 
     def close(self) -> None:
         self.socket.close()
@@ -196,6 +210,19 @@ class TtrpcStream(Generic[R]):
             if event.payload is not None:
                 return _decode(self._kind, event.payload)
         return None
+
+    def answer(self, respond: Callable[[R], Message]) -> None:
+        """Whoever waits for another call of this connection answers this one meanwhile."""
+
+        def react(event: Answer | Payload) -> bool:
+            if isinstance(event, Answer):
+                return False
+            if event.payload is not None:
+                message = respond(_decode(self._kind, event.payload))
+                self._connection.send(self._connection.protocol.send(self._stream, message.SerializeToString()))
+            return not event.end
+
+        self._connection.responders[self._stream] = react
 
     async def close(self) -> None:
         """Drops what still comes; ttrpc can't tell the other side to stop."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import pty
 import re
 import subprocess
+from pathlib import Path
 
 from tests.cli.conftest import Wherry
-from tests.registry.conftest import registry
+from tests.registry.conftest import PASSWORD, USER, locked_registry, registry
 from tests.wherryd import BUSYBOX
 
-__all__ = ["registry"]
+__all__ = ["locked_registry", "registry"]
 
 
 def test_push_and_pull(wherry: Wherry, registry: str) -> None:
@@ -26,6 +29,32 @@ def test_push_and_pull(wherry: Wherry, registry: str) -> None:
         assert wherry.run("images", "ls", "-q", "labels.a==b").stdout == f"{name}\n"
         assert wherry.run("run", "--rm", name, "pulled", "echo", "hi").stdout == "hi\n"
         assert wherry.run("pull", "-q", "--plain-http", name).stderr == ""
+    finally:
+        wherry.run("images", "rm", name, code=None)
+
+
+def test_credentials_of_docker_login(wherry: Wherry, locked_registry: str, tmp_path: Path) -> None:
+    name = f"{locked_registry}/library/box:1"
+    wherry.run("images", "tag", BUSYBOX, name)
+    config = tmp_path / "config.json"
+
+    def login(password: str) -> None:
+        auth = base64.b64encode(f"{USER}:{password}".encode()).decode()
+        config.write_text(json.dumps({"auths": {locked_registry: {"auth": auth}}}))
+
+    env = {"DOCKER_CONFIG": str(tmp_path)}
+    try:
+        assert "authorization failed" in wherry.run("push", "-q", name, env=env, code=1).stderr
+        login(PASSWORD)
+        wherry.run("push", "-q", name, env=env)
+        wherry.run("images", "rm", "--sync", name)
+        assert wherry.run("pull", "-q", name, env=env).stdout == f"{name}\n"
+        login("wrong")
+        assert "authorization failed" in wherry.run("pull", "-q", name, env=env, code=1).stderr
+        wherry.run("pull", "-q", "--user", f"{USER}:{PASSWORD}", name, env=env)
+        config.write_text("{")
+        assert f"{config}: " in wherry.run("pull", "-q", name, env=env, code=1).stderr
+        wherry.run("pull", "-q", "--user", f"{USER}:{PASSWORD}", name, env=env)
     finally:
         wherry.run("images", "rm", name, code=None)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -24,11 +26,31 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+# a user and a password, and the password's hash for htpasswd
+USER, PASSWORD = "me", "secret"
+HASH = "$2b$04$u2K2EpPhHe93g2iKXEyNeu7T2DyCnsX3Vz6ns20V/PNGZYZalR5.K"
+
+
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`127.0.0.1:PORT` of a docker-registry of our own."""
+    with running_registry(tmp_path_factory.mktemp("registry")) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def locked_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same, for USER with PASSWORD alone."""
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "htpasswd").write_text(f"{USER}:{HASH}\n")
+    with running_registry(folder, f'auth: {{htpasswd: {{realm: r, path: "{folder}/htpasswd"}}}}\n') as address:
+        yield address
+
+
+@contextlib.contextmanager
+def running_registry(folder: Path, more: str = "") -> Iterator[str]:
+    """A docker-registry on a folder, with `more` in its configuration."""
     binary = need("docker-registry")
-    folder = tmp_path_factory.mktemp("registry")
     address = f"127.0.0.1:{free_port()}"
     config = folder / "registry.yml"
     config.write_text(
@@ -36,7 +58,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 log: {{level: error}}
 storage: {{cache: {{blobdescriptor: inmemory}}, filesystem: {{rootdirectory: {folder / "data"}}}}}
 http: {{addr: "{address}"}}
-"""
+{more}"""
     )
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([binary, "serve", str(config)], stdout=log, stderr=log)
@@ -45,6 +67,9 @@ http: {{addr: "{address}"}}
         while True:
             try:
                 urllib.request.urlopen(f"http://{address}/v2/", timeout=1).close()
+                break
+            except urllib.error.HTTPError as error:
+                error.close()
                 break
             except OSError:
                 if time.monotonic() > deadline or process.poll() is not None:

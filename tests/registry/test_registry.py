@@ -25,7 +25,7 @@ from wherry.core.errors import (
     Unavailable,
 )
 from wherry.registry import fetcher as fetcher_module
-from wherry.registry.credentials import Credential, fixed, from_docker_config
+from wherry.registry.credentials import Credential, fixed
 from wherry.registry.hosts import Host, hosts_for
 from wherry.registry.pusher import Pusher
 from wherry.registry.resolver import Resolver
@@ -394,28 +394,3 @@ async def test_dockers_registry_as_a_mirror_is_a_mirror() -> None:
     for name, own in (("docker.io", "docker.io"), ("quay.example", "registry-1.docker.io")):
         await transport._authorizer(name, hub)._credential_of_user()
         assert asked.pop() == own
-
-
-async def test_dockers_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    helper = tmp_path / "docker-credential-test"
-    helper.write_text('#!/bin/sh\nread h\n[ "$h" = helped.example ] || { echo credentials not found; exit 1; }\n'
-                      'echo \'{"ServerURL":"x","Username":"<token>","Secret":"s"}\'\n')  # fmt: skip
-    helper.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    config = {
-        "auths": {
-            "https://index.docker.io/v1/": {"auth": base64.b64encode(b"me:pass:word").decode()},
-            "r.example:5000": {"identitytoken": "tok"},
-        },
-        "credHelpers": {"helped.example": "test"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    find = from_docker_config(str(tmp_path / "config.json"))
-    assert await find("docker.io") == Credential("me", "pass:word")
-    assert await find("r.example:5000") == Credential(refresh_token="tok")
-    assert await find("helped.example") == Credential(refresh_token="s")
-    assert await find("other.example") is None
-    assert await from_docker_config(str(tmp_path / "absent.json"))("docker.io") is None
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InvalidArgument, match=r"config\.json"):
-        await find("docker.io")
