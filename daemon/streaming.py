@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.empty_pb2 import Empty
@@ -144,7 +144,7 @@ class StreamingService:
     def __init__(self, manager: StreamManager) -> None:
         self._manager = manager
 
-    async def stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    async def stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
         """Open a stream and carry its objects until the daemon's side closes it or the client leaves."""
         namespace = require_namespace(context.namespace)
         first = await anext(requests, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -38,7 +39,7 @@ def need(program: str) -> str:
     return str(Path(path))
 
 
-def missing(reason: str) -> None:
+def missing(reason: str) -> NoReturn:
     """Skip for a missing peer, or fail where `WHERRY_REQUIRE_PEERS=1` says that peers are there."""
     if REQUIRED:
         pytest.fail(reason)

@@ -16,6 +16,7 @@ from wherry.client.address import connect_blocking
 from wherry.client.archive import Naming, load, save
 from wherry.client.blocking import drive
 from wherry.client.containers import Container
+from wherry.client.events import Event
 from wherry.client.images import Image
 from wherry.client.leases import Resource
 from wherry.client.manifests import picture
@@ -187,7 +188,11 @@ async def test_containers_are_records(client: Client) -> None:
 
 async def test_events_come_as_they_happen(client: Client) -> None:
     events = client.events.subscribe([f"namespace=={NAMESPACE},topic~=containers"])
-    first = asyncio.create_task(anext(events))
+
+    async def next_event() -> Event:
+        return await anext(events)
+
+    first = asyncio.create_task(next_event())
     await asyncio.sleep(0.3)
     await client.containers.create(Container(id="noted", runtime="io.containerd.runc.v2", spec={"ociVersion": "1.0.2"}))
     try:

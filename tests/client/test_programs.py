@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ async def test_whoever_the_image_names(client: Client) -> None:
 async def test_what_was_asked_for_holds(client: Client, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mounted\n")
     mounts = [{"type": "bind", "source": str(tmp_path), "destination": "/tmp", "options": ["rbind", "ro"]}]
-    options = {"env": ["A=b"], "hostname": "boat", "cwd": "/home", "read_only": True, "mounts": mounts}
+    options: dict[str, Any] = {"env": ["A=b"], "hostname": "boat", "cwd": "/home", "read_only": True, "mounts": mounts}
     script = "echo $A; hostname; pwd; cat /tmp/file; touch /x"
     async with run(client, launch("asked", "sh", "-c", script, **options)) as program:
         assert (await program.stdout.read()).split() == [b"b", b"boat", b"/home", b"mounted"]

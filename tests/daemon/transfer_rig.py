@@ -181,9 +181,7 @@ class Rig:
 
 
 def registry_end(ref: str, **resolver: Any) -> types.OCIRegistry:
-    return types.OCIRegistry(
-        reference=ref, resolver=types.RegistryResolver(default_scheme="http", **resolver)
-    )
+    return types.OCIRegistry(reference=ref, resolver=types.RegistryResolver(default_scheme="http", **resolver))
 
 
 def platform_message(platform: Platform) -> types_pb2.Platform:

@@ -33,7 +33,7 @@ def test_a_mount_is_a_value() -> None:
     assert len({one, two}) == 1
     assert "type='bind'" in repr(one)
     with pytest.raises(AttributeError):
-        one.source = "/b"  # type: ignore[misc]
+        one.source = "/b"
 
 
 def test_flags_by_name() -> None:

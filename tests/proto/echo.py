@@ -42,7 +42,7 @@ def _define() -> None:
             client_streaming=client,
             server_streaming=server,
         )
-    descriptor_pool.Default().Add(file)  # type: ignore[no-untyped-call]
+    descriptor_pool.Default().Add(file)
 
 
 _define()

@@ -42,8 +42,8 @@ class Containerd:
 
     def start(self) -> None:
         """Start, and wait until it serves."""
-        command = ["containerd", "--config", self.work / "config.toml", "--address", self.address]
-        command += ["--root", self.work / "root", "--state", self.work / "state"]
+        command = ["containerd", "--config", str(self.work / "config.toml"), "--address", str(self.address)]
+        command += ["--root", str(self.work / "root"), "--state", str(self.work / "state")]
         environment = {**os.environ, "PATH": f"{self.work / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"}
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
         deadline = time.monotonic() + 10
