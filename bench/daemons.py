@@ -39,6 +39,9 @@ class Daemon:
         self.kind = kind
         self.folder = folder / kind
         self.folder.mkdir()
+        # as on a real host: what must not outlive a boot is on a tmpfs (/run), the rest on the disk
+        (self.folder / "state").mkdir(mode=0o711)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "tmpfs", f"{self.folder}/state"], check=True)
         self.address = str(self.folder / "d.sock")
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -92,9 +95,18 @@ class Daemon:
         for pid in self.leftovers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self._forget_in_runc()
         points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for point in reversed([point for point in points if point.startswith(f"{self.folder}/")]):
             subprocess.run(["umount", "-l", point], capture_output=True)
+
+    def _forget_in_runc(self) -> None:
+        """Remove runc's records of containers whose shims were killed: they lie outside of this daemon's folder."""
+        root = "/run/containerd/runc/default"
+        listed = subprocess.run([program("runc"), "--root", root, "list", "-f", "json"], capture_output=True, text=True)
+        for entry in json.loads(listed.stdout or "null") or []:
+            if entry["bundle"].startswith(f"{self.folder}/"):
+                subprocess.run([program("runc"), "--root", root, "delete", "-f", entry["id"]], capture_output=True)
 
     def leftovers(self) -> list[int]:
         """Processes that name this daemon's folder in their command line: shims that are left."""

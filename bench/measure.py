@@ -43,10 +43,19 @@ def run_true(daemon: Daemon, image: str, client: str) -> Callable[[], Sequence[s
     return lambda: [path, flag, daemon.address, "run", "--rm", image, f"{client}-{os.getpid()}-{next(count)}", "true"]
 
 
-async def rate(daemon: Daemon, image: str, at_once: int, seconds: float = 4.0) -> float:
+def rates_by_turns(daemons: Sequence[Daemon], image: str, at_once: int, rounds: int = 3) -> list[float]:
+    """Median of `rate` for each daemon, measured in turn."""
+    found: list[list[float]] = [[] for _ in daemons]
+    for _ in range(rounds):
+        for row, daemon in zip(found, daemons, strict=True):
+            row.append(asyncio.run(rate(daemon, image, at_once)))
+    return [statistics.median(row) for row in found]
+
+
+async def rate(daemon: Daemon, image: str, at_once: int, seconds: float = 3.0) -> float:
     """Containers a second over the gRPC API: prepared, created, run to their end and removed, `at_once` at a time."""
     async with Api(daemon, image) as api:
-        names = (f"rate{at_once}-{number}" for number in range(1_000_000))
+        names = (f"rate{at_once}-{time.monotonic_ns()}-{number}" for number in range(1_000_000))
         for _ in range(WARM_UPS):
             await api.run_to_end(next(names))
         finished = 0
@@ -105,7 +114,7 @@ def memory(daemon: Daemon) -> tuple[int, int]:
 def fill(daemon: Daemon, image: str, count: int) -> None:
     """Have `count` containers that sleep, and let them settle."""
     for number in range(len(daemon.tasks()), count):
-        daemon.ctr("run", "-d", image, f"sleep{number}", "sleep", "100000")
+        daemon.ctr("run", "-d", image, f"sleep-{os.getpid()}-{number}", "sleep", "100000")
     time.sleep(1)
 
 
