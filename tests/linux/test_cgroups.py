@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -20,6 +21,10 @@ MIB = 1 << 20
 DENY_ALL = [{"allow": False, "access": "rwm"}]
 
 
+# the processes of the test that runs
+started: list[int] = []
+
+
 @pytest.fixture
 def cgroup() -> Iterator[Cgroup]:
     parent = f"/wherry-test-cgroups-{os.getpid()}"
@@ -29,11 +34,10 @@ def cgroup() -> Iterator[Cgroup]:
         yield made
     finally:
         made.kill()
-        while True:
-            try:
-                os.waitpid(-1, 0)
-            except ChildProcessError:
-                break
+        # these alone: other children of the test run (daemons, registries) live on
+        while started:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(started.pop(), 0)
         made.delete()
         for directory in set(made.paths.values()):
             os.rmdir(os.path.dirname(directory))
@@ -44,6 +48,7 @@ def start(cgroup: Cgroup, work: Callable[[], object]) -> int:
     fd = cgroup.clone_fd()
     pid = syscalls.fork(cgroup=fd)
     if pid:
+        started.append(pid)
         if fd >= 0:
             os.close(fd)
         return pid
