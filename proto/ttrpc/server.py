@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import time
 import traceback
 from collections import deque
@@ -89,7 +90,11 @@ class TtrpcServer:
     async def serve_socket(self, sock: socket.socket) -> None:
         """Serve a socket that listens already (handed over by systemd, say)."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: _Connection(self, loop), sock=sock, backlog=sockets.BACKLOG)
+        # from 3.13 on asyncio would remove the file at the end, also when it is the service manager's
+        more: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        server = await loop.create_unix_server(
+            lambda: _Connection(self, loop), sock=sock, backlog=sockets.BACKLOG, **more
+        )
         self._servers.append(server)
 
     async def close(self, grace: float = 0.0) -> None:
