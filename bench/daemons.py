@@ -129,6 +129,14 @@ class Lab:
         self.image = ""
 
     def __enter__(self) -> Self:
+        try:
+            self._set_up()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _set_up(self) -> None:
         port = _free_port()
         config = self.folder / "registry.yml"
         config.write_text(
@@ -149,7 +157,6 @@ class Lab:
         subprocess.run([*command, f"docker://{self.image}"], check=True)
         for kind in ("wherry", "containerd"):
             self.add(kind)
-        return self
 
     def add(self, kind: str) -> Daemon:
         """A running daemon that has the image."""

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.shim.harness import Lab, Shim, alive, mounted
 from wherry.core import errors
 from wherry.proto import task_v2_pb2
 from wherry.proto.ttrpc.client import TtrpcClient
-from wherry.shim.client import ShimRequest
+from wherry.shim.client import ForkServer, ShimRequest
 
 
 def status(pid: int, field: str) -> str:
@@ -80,6 +81,21 @@ async def test_killing_the_fork_server_harms_no_shim_and_another_one_comes(lab: 
     await shim.wait()
     await shim.delete()
     await shim.shutdown()
+
+
+@pytest.mark.parametrize("lab", ["bundled"], indirect=True)
+async def test_a_fork_server_killed_while_it_loads_delays_nobody(lab: Lab) -> None:
+    # what its warm-up had forked held the control socket, so that its death was noticed after ten seconds
+    for number in range(12):
+        lab.forks = await ForkServer.start()
+        await asyncio.sleep(0.06 + number * 0.02)
+        assert lab.forks.pid
+        os.kill(lab.forks.pid, signal.SIGKILL)
+        begun = time.monotonic()
+        shim = await lab.spawn(f"k{number}")
+        assert time.monotonic() - begun < 4
+        await shim.shutdown()
+        await lab.forks.close()
 
 
 async def test_the_fork_server_ends_with_its_socket(lab: Lab) -> None:
