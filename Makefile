@@ -44,8 +44,14 @@ types: install
 	$(BIN)/mypy $(PACKAGES)
 	$(BIN)/mypy tests bench
 
+# in two processes: the first one's tests fork, and a process that has used grpcio has threads and fork handlers of its own
 test: lint types
-	$(BIN)/python -m pytest --ignore tests/vm $(TESTS)
+ifdef TESTS
+	$(BIN)/python -m pytest $(TESTS)
+else
+	$(BIN)/python -m pytest tests/linux tests/runtime
+	$(BIN)/python -m pytest --ignore tests/vm --ignore tests/linux --ignore tests/runtime
+endif
 
 test-v2: install
 	$(BIN)/python -m pytest tests/vm
