@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -212,20 +210,6 @@ def test_preserved_descriptors(runtime: Runtime, bundle: Bundle) -> None:
         os.close(writer)
 
 
-@pytest.fixture
-def plain_signals() -> Iterator[None]:
-    """Nothing blocked or ignored in this process: a runtime hands that on, and another test may have left some."""
-    mask = signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    ignored = [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@pytest.mark.usefixtures("plain_signals")
 def test_signals_are_as_a_program_expects_them(runtime: Runtime, bundle: Bundle) -> None:
     folder = bundle.write(args=["grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"])  # a shell would ignore some itself
     output = runtime.ok("run", "--bundle", str(folder), runtime.new_id())
