@@ -89,7 +89,7 @@ def test_run_in_the_foreground_of_a_terminal(runtime: Runtime, bundle: Bundle) -
         spec["process"]["terminal"] = True
 
     # runc sets the size after the start, so that the first look may come too early
-    script = "read line; echo got $line; until stty size | grep "[1-9]"; do sleep 0.05; done; exit 5"
+    script = "read line; echo got $line; until stty size | grep '[1-9]'; do sleep 0.05; done; exit 5"
     folder = bundle.write(change, args=["sh", "-c", script])
     words = [*runtime.words, "run", "--bundle", str(folder), runtime.new_id()]
     process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
