@@ -211,7 +211,7 @@ def test_preserved_descriptors(runtime: Runtime, bundle: Bundle) -> None:
 
 
 def test_signals_are_as_a_program_expects_them(runtime: Runtime, bundle: Bundle) -> None:
-    """A runtime ignores and blocks nothing for the container beyond what its own caller did (as nohup and CI systems do)."""
+    """A runtime ignores and blocks nothing for the container beyond what its caller did (nohup, CI systems)."""
     command = ["grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"]  # a shell would ignore some itself
 
     def masks(output: str) -> list[int]:
