@@ -15,7 +15,7 @@ import socket
 import struct
 
 from wherry.core.errors import FailedPrecondition
-from wherry.daemon.addresses import short_path
+from wherry.proto.addresses import short_path
 
 
 class Lock:

@@ -13,7 +13,7 @@ import structlog
 
 from wherry.core import platforms
 from wherry.core.errors import FailedPrecondition, NotFound
-from wherry.daemon.addresses import own
+from wherry.daemon import logs
 from wherry.daemon.config import Config
 from wherry.daemon.config import Snapshotter as SnapshotterOptions
 from wherry.daemon.containers import ContainerService, ContainerStore
@@ -23,7 +23,6 @@ from wherry.daemon.diff import Differ, DiffService
 from wherry.daemon.durations import parse_duration
 from wherry.daemon.events import EventsService, EventsTtrpcService, Exchange
 from wherry.daemon.gc import Collector, Policy
-from wherry.daemon.grpc_edge import GrpcServer
 from wherry.daemon.health import HealthService
 from wherry.daemon.images import ImageService, ImageStore
 from wherry.daemon.introspection import IntrospectionService
@@ -41,6 +40,8 @@ from wherry.daemon.streaming import StreamingService, StreamManager
 from wherry.daemon.tasks import TaskService
 from wherry.daemon.transfer import TransferService
 from wherry.daemon.version import VersionService
+from wherry.proto.addresses import own
+from wherry.proto.grpc.server import GrpcServer
 from wherry.proto.ttrpc.server import TtrpcServer
 from wherry.shim.client import ForkServer
 from wherry.snapshotter.applier import Applier
@@ -260,6 +261,7 @@ class Daemon:
             self._services,
             max_receive=options.max_recv_message_size,
             max_send=options.max_send_message_size,
+            logs_calls=logs.is_debug,
         )
         self._cleanup.push_async_callback(server.stop, GRACE)
         if (listener := self._listeners.pop(options.address, None)) is not None:

@@ -8,7 +8,7 @@ service's methods in snake case:
 - client stream: `async def put(self, requests, context) -> Response`, `requests` an async iterator
 - both: `def write(self, requests, context) -> AsyncIterator[Response]`
 
-Errors are raised as `wherry.core.errors`; the door (gRPC in `wherry.daemon`, ttrpc in `wherry.proto.ttrpc`) turns them
+Errors are raised as `wherry.core.errors`; the door (`wherry.proto.grpc`, `wherry.proto.ttrpc`) turns them
 into a status once.
 """
 

@@ -23,8 +23,8 @@ from google.protobuf import empty_pb2
 
 from tests.peers import need
 from tests.wherryd import Wherryd
-from wherry.daemon import hpack, http2
 from wherry.proto import content_pb2, events_service_pb2, namespaces_pb2, version_pb2
+from wherry.proto.grpc import hpack, http2
 
 VERSION = "/containerd.services.version.v1.Version/Version"
 CONTENT = "/containerd.services.content.v1.Content"

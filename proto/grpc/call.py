@@ -26,11 +26,11 @@ from wherry.core.errors import (
     Unimplemented,
     WherryError,
 )
-from wherry.daemon import hpack, http2, logs
+from wherry.proto.grpc import hpack, http2
 from wherry.proto.service import Context, Method
 
 if TYPE_CHECKING:
-    from wherry.daemon.grpc_edge import Connection
+    from wherry.proto.grpc.server import Connection
 
 log = structlog.get_logger(__name__)
 
@@ -339,7 +339,7 @@ class Call:
         self._connection.flush()
 
     def _log(self, error: WherryError | None) -> None:
-        if self._handler is not None and logs.is_debug() and not self._logged:
+        if self._handler is not None and self._connection.server.logs_calls() and not self._logged:
             self._logged = True
             took = round((time.perf_counter() - self._began) * 1000, 3)
             code = "OK" if error is None else type(error).__name__

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from wherry.daemon.hpack import MAX_LIST_SIZE, Decoder, HpackError, ListTooLarge, Malformed
+from wherry.proto.grpc.hpack import MAX_LIST_SIZE, Decoder, HpackError, ListTooLarge, Malformed
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 

@@ -1,6 +1,6 @@
 """HTTP/2 without I/O: the rules of RFC 9113, those that protect a server among them; and grpcio's client.
 
-How gRPC is spoken over it is tested in test_grpc_edge.py, with a whole daemon in test_grpc_peers.py.
+How gRPC is spoken over it is tested in test_grpc.py, with a whole daemon in ../daemon/test_grpc_peers.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import grpc.aio
 import pytest
 
 from wherry.core.errors import NotFound
-from wherry.daemon import hpack, http2
-from wherry.daemon.grpc_edge import GrpcServer
 from wherry.proto import content_pb2 as pb
+from wherry.proto.grpc import hpack, http2
+from wherry.proto.grpc.server import GrpcServer
 from wherry.proto.service import Context
 
 CONTENT = "containerd.services.content.v1.Content"

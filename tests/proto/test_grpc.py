@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.h2peer import INFO, PATIENCE, READ, WRITE, Answer, Peer, info, message
+from tests.proto.h2peer import INFO, PATIENCE, READ, WRITE, Answer, Peer, info, message
 from wherry.core.errors import Code, NotFound
-from wherry.daemon import grpc_call, grpc_edge, hpack, http2
-from wherry.daemon.grpc_edge import GrpcServer
 from wherry.proto import content_pb2 as pb
+from wherry.proto.grpc import call as grpc_calls
+from wherry.proto.grpc import hpack, http2
+from wherry.proto.grpc import server as grpc_server
+from wherry.proto.grpc.server import GrpcServer
 from wherry.proto.service import Context
 
 READ_ONE = message(pb.ReadContentRequest(offset=1, size=1 << 20).SerializeToString())
@@ -479,7 +481,7 @@ async def test_a_handler_that_does_not_read_stops_its_client_and_nobody_else(rig
 
 
 async def test_half_sent_requests_are_bounded_over_all_calls(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_call, "RECEIVE_LIMIT", 200_000)
+    monkeypatch.setattr(grpc_calls, "RECEIVE_LIMIT", 200_000)
     peer = await rig.peer()
     streams = [peer.open(INFO) for _ in range(5)]
     for stream in streams:
@@ -493,7 +495,7 @@ async def test_half_sent_requests_are_bounded_over_all_calls(rig: Rig, monkeypat
 
 
 async def test_answers_that_nobody_takes_are_bounded_over_all_calls(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_call, "SEND_LIMIT", 200_000)
+    monkeypatch.setattr(grpc_calls, "SEND_LIMIT", 200_000)
     peer = await rig.peer(window=0)
     streams = [peer.open(INFO) for _ in range(5)]
     for stream in streams:
@@ -577,7 +579,7 @@ async def test_pings(rig: Rig) -> None:
 
 
 async def test_a_peer_that_says_nothing_is_hung_up_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_edge, "_HANDSHAKE", 0.1)
+    monkeypatch.setattr(grpc_server, "_HANDSHAKE", 0.1)
     reader, writer = await asyncio.open_unix_connection(rig.path)
     writer.write(http2.PREFACE[:10])
     peer = await rig.peer()

@@ -19,19 +19,21 @@ import os
 import socket
 import sys
 from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 
 import structlog
 
 from wherry.core.errors import Unavailable, Unimplemented, WherryError
-from wherry.daemon import hpack, http2
-from wherry.daemon.addresses import own, short_path, tight_umask
-from wherry.daemon.grpc_call import Call, Handler, percent
+from wherry.proto.addresses import own, short_path, tight_umask
+from wherry.proto.grpc import hpack, http2
+from wherry.proto.grpc.call import Call, Handler, percent
 from wherry.proto.service import methods
 
 log = structlog.get_logger(__name__)
 
+# bytes of one message where nothing else is said: containerd's default
+MAX_MESSAGE: Final = 16 << 20
 _BACKLOG: Final = 512
 # bytes of one client that wait to be sent, above which its calls wait and its requests aren't read
 _WRITE_HIGH: Final = 1 << 20
@@ -50,10 +52,19 @@ _PSEUDO: Final = frozenset((":method", ":scheme", ":path", ":authority"))
 class GrpcServer:
     """The server: `serve_unix` or `serve_socket`, then `stop`."""
 
-    def __init__(self, services: Iterable[object], *, max_receive: int, max_send: int) -> None:
-        """`services` as wherry.proto.service describes them; sizes in bytes of one message."""
+    def __init__(
+        self,
+        services: Iterable[object],
+        *,
+        max_receive: int = MAX_MESSAGE,
+        max_send: int = MAX_MESSAGE,
+        logs_calls: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`services` as wherry.proto.service describes them; sizes in bytes of one message; `logs_calls` says whether
+        each call gets a debug line: it is asked too often to build one that nobody reads."""
         self.max_receive = max_receive
         self.max_send = max_send
+        self.logs_calls = logs_calls
         self._handlers: dict[str, Handler] = {}
         self._names: set[str] = set()
         self._servers: list[asyncio.Server] = []

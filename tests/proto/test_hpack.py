@@ -8,7 +8,7 @@ from itertools import pairwise
 import hpack as peer
 import pytest
 
-from wherry.daemon import hpack
+from wherry.proto.grpc import hpack
 
 Fields = list[tuple[str, str]]
 
