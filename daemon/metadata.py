@@ -58,6 +58,7 @@ class _Job:
     future: asyncio.Future[Any]
     alone: bool
     removes: bool
+    quiet: bool
     result: Any = None
     error: BaseException | None = None
 
@@ -125,17 +126,19 @@ class Metadata:
         durable: bool = False,
         removes: bool = False,
         alone: bool = False,
+        quiet: bool = False,
     ) -> T:
         """Run `work` in the writer thread in a transaction of its own (batched); what it raises rolls back only it.
 
         `durable`: return after it is on disk. `removes`: tells the garbage collector that there may be garbage (an
         update that takes a reference away doesn't, as in containerd).
-        `alone`: nothing else is in the transaction. A cancelled caller's work is done all the same.
+        `alone`: nothing else is in the transaction. `quiet`: it is nothing that the collector has to do with (it neither
+        counts as a mutation nor spoils a marking). A cancelled caller's work is done all the same.
         Raises ResourceExhausted for a full disk, Unavailable after `close`, and what `work` raises.
         """
         if self._closed:
             raise Unavailable("the metadata is closed: unavailable")
-        job = _Job(work, self._loop.create_future(), alone, removes)
+        job = _Job(work, self._loop.create_future(), alone, removes, quiet)
         self._jobs.put(job)
         result = await job.future
         if durable:
@@ -228,7 +231,8 @@ class Metadata:
                 connection.execute("ROLLBACK")
                 return
             connection.execute("COMMIT")
-            self.generation += 1
+            if any(not job.quiet for job in batch):
+                self.generation += 1
         except BaseException as error:  # noqa: BLE001 -- whatever it is, those who wait have to be told
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
@@ -251,11 +255,11 @@ class Metadata:
     # -- back in the loop's thread
 
     def _deliver(self, batch: list[_Job]) -> None:
-        removes = False
-        changed = False
+        removes = changed = written = False
         for job in batch:
             if job.error is None:
-                changed = True
+                written = True
+                changed = changed or not job.quiet
                 removes = removes or job.removes
             if job.future.done():
                 continue  # its caller was cancelled
@@ -263,8 +267,9 @@ class Metadata:
                 job.future.set_exception(job.error)
             else:
                 job.future.set_result(job.result)
-        if changed:
+        if written:
             self._schedule_checkpoint()
+        if changed:
             for watcher in self._watchers:
                 watcher(removes)
 

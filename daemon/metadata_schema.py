@@ -69,6 +69,22 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE INDEX snapshots_parent ON snapshots (namespace, snapshotter, parent);
     """,
+    """
+    CREATE TABLE events (
+        sequence INTEGER PRIMARY KEY,
+        at INTEGER NOT NULL,                        -- when it happened, as its envelope says
+        key BLOB,                                   -- the same for an event that is told twice, NULL: never told twice
+        envelope BLOB NOT NULL                      -- containerd.types.Envelope
+    );
+    CREATE UNIQUE INDEX events_key ON events (key) WHERE key IS NOT NULL;
+    CREATE INDEX events_at ON events (at);
+    CREATE TABLE event_sequence (
+        one INTEGER PRIMARY KEY CHECK (one = 1),
+        reserved INTEGER NOT NULL,                  -- no number above this one was ever given; on disk before one is
+        dropped INTEGER NOT NULL                    -- the last number that is kept no more
+    );
+    INSERT INTO event_sequence VALUES (1, 0, 0);
+    """,
 )
 
 
