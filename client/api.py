@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wherry.client.introspection import Introspection, Version
     from wherry.client.leases import Leases
     from wherry.client.namespaces import Namespaces
+    from wherry.client.network import Networks
     from wherry.client.snapshots import Snapshots
     from wherry.client.tasks import Tasks
     from wherry.client.transfer import Transfer
@@ -112,6 +113,13 @@ class Client:
         from wherry.client.namespaces import Namespaces
 
         return Namespaces(self.calls)
+
+    @property
+    def networks(self) -> Networks:
+        """Networks, and what containers have of them."""
+        from wherry.client.network import Networks
+
+        return Networks(self.calls)
 
     @property
     def tasks(self) -> Tasks:

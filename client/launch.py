@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wherry.client import users
 from wherry.client.containers import Container
 from wherry.client.manifests import Picture, picture
+from wherry.client.network import NetworkOptions, extensions
 from wherry.client.spec import SpecOptions, build
-from wherry.core.errors import InvalidArgument, NotFound, WherryError
+from wherry.core.errors import InvalidArgument, NotFound, Unimplemented, WherryError
 from wherry.core.typeurl import pack
 
 if TYPE_CHECKING:
+    from google.protobuf.any_pb2 import Any as Packed
     from google.protobuf.message import Message
 
     from wherry.client.api import Client
@@ -35,6 +37,7 @@ class Launch(NamedTuple):
 
     `image` is the image's full name; "" with `spec.rootfs`, a folder of the host that is no snapshot. `document` is a
     whole specification that replaces the one made from `spec`. `user` is `NAME|UID[:GROUP|GID]`, None for the image's.
+    `network` None leaves the network to the specification.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Launch(NamedTuple):
     runtime: str = RUNTIME
     runtime_options: Message | None = None
     platform: Platform | None = None
+    network: NetworkOptions | None = None
 
 
 class Launched(NamedTuple):
@@ -77,6 +81,7 @@ async def create(client: Client, launch: Launch) -> Launched:
         spec=spec,
         snapshotter=snapshotter,
         snapshot_key=launch.id,
+        extensions=await _network(client, launch, look),
     )
     container = await client.containers.create(record)
     try:
@@ -116,8 +121,23 @@ async def _without_image(client: Client, launch: Launch) -> Launched:
         runtime=launch.runtime,
         runtime_options=_options(launch),
         spec=spec,
+        extensions=await _network(client, launch, None),
     )
     return Launched(await client.containers.create(record), ())
+
+
+async def _network(client: Client, launch: Launch, look: Picture | None) -> Mapping[str, Packed]:
+    """The extension that asks for a network; none where a daemon has no networks and nobody insists."""
+    if launch.network is None:
+        return {}
+    if launch.network.mode not in {"none", "host"}:
+        try:
+            await client.networks.check()
+        except Unimplemented:
+            if not launch.network.optional:
+                raise
+            return {}
+    return extensions(launch.network, look.settings if look is not None else None)
 
 
 def _spec(client: Client, launch: Launch, look: Picture | None) -> dict[str, Any]:

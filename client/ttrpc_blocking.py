@@ -249,6 +249,11 @@ class BlockingTtrpcTransport:
         self._other: Transport | None = None
         self._proven = False
 
+    @property
+    def ours(self) -> bool:
+        """Whether the other side was seen to serve the API by ttrpc, which `wherryd` alone does."""
+        return self._proven and self._other is None
+
     def connect(self) -> None:
         """Connects, where it isn't connected; raises Unavailable."""
         if self._open is None or self._open.lost is not None:
