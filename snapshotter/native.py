@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from wherry.core.errors import Unimplemented
 from wherry.linux.mounts import Mount
-from wherry.snapshotter.copying import copy_tree
+from wherry.linux.copying import copy_tree
 from wherry.snapshotter.directories import DirectorySnapshotter
 from wherry.snapshotter.interface import Kind
 from wherry.snapshotter.metadata import Record
