@@ -23,8 +23,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "base-files base-passwd bash busybox-static coreutils dbus findutils grep gzip iproute2 kmod libc-bin "
-    "libseccomp2 libstdc++6 linux-image-cloud-amd64 mount procps python3 sed systemd systemd-sysv tar udev util-linux"
+    "apparmor base-files base-passwd bash busybox-static coreutils criu crun dbus findutils grep gzip iproute2 iptables kmod "
+    "libc-bin libseccomp2 libstdc++6 linux-image-cloud-amd64 mount procps python3 runc sed systemd systemd-sysv tar udev "
+    "uidmap util-linux"
 )
 #: Pulled in by dependencies of scripts that never run here.
 _LEFT_OUT = ("perl", "libperl", "usrmerge", "debconf", "initramfs-tools", "klibc", "libklibc", "adduser", "gcc-12-base")
@@ -35,8 +36,9 @@ _KEPT_SECONDS = 3600
 PYTHON = "3.11"
 SITE = f"opt/wherry/lib/python{PYTHON}/site-packages"
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console")
-_MODULE_FOLDERS = ("arch", "block", "crypto", "lib", "fs/overlayfs", "fs/fuse", "drivers/virtio", "drivers/block")
-_MODULE_FILES = ("drivers/char/virtio_console.ko", "drivers/net/veth.ko", "drivers/char/hw_random")
+_MODULE_FOLDERS = ("arch", "block", "crypto", "lib", "fs/overlayfs", "fs/fuse", "drivers/virtio", "drivers/block", "net")
+_MODULE_FILES = ("drivers/char/virtio_console.ko", "drivers/net/dummy.ko", "drivers/net/veth.ko", "drivers/char/hw_random")
+_IPTABLES = ("", "-save", "-restore")
 #: Units that only cost time in a machine that lives for a minute.
 _MASKED = (
     "systemd-timesyncd.service systemd-udev-trigger.service systemd-udev-settle.service systemd-hwdb- "
@@ -180,9 +182,11 @@ def _users(root: Path) -> None:
     (root / "etc/hostname").write_text("wherry-vm\n")
     (root / "etc/fstab").touch()
     # links that come from scripts of packages or from the alternatives
-    for link, target in (("python3", f"python{PYTHON}"), ("sh", "bash")):
-        if not (root / "usr/bin" / link).exists():
-            (root / "usr/bin" / link).symlink_to(target)
+    links = [("bin/python3", f"python{PYTHON}"), ("bin/sh", "bash")]
+    links += [(f"sbin/ip{v}tables{what}", f"ip{v}tables-nft{what}") for v in ("", "6") for what in _IPTABLES]
+    for link, target in links:
+        if not (root / "usr" / link).exists():
+            (root / "usr" / link).symlink_to(target)
     for command in (["systemd-sysusers"], ["ldconfig"]):
         _run("chroot", root, *command)
 
