@@ -7,18 +7,18 @@ import contextlib
 import hashlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from wherry.core.errors import DeadlineExceeded, Unavailable, Unimplemented
+from wherry.core.errors import DeadlineExceeded, Unavailable, WherryError
 from wherry.daemon.bundle import Bundle, Launch
 from wherry.daemon.config import Config
 from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
 from wherry.proto import task_v3_pb2 as task
-from wherry.proto.service import TTRPC_NAMESPACE
+from wherry.proto.service import GRPC_NAMESPACE, TTRPC_NAMESPACE
 from wherry.proto.ttrpc.client import TtrpcClient
 from wherry.shim.client import Bootstrap, DeadShim, ShimLog
 
@@ -52,6 +52,40 @@ class Limits:
         )
 
 
+class Connection(Protocol):
+    """A connection to a shim, whichever protocol it speaks."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended."""
+
+    async def wait_closed(self) -> WherryError:
+        """Wait for its end; the reason."""
+
+    async def close(self) -> None:
+        """End it."""
+
+    async def call(
+        self,
+        service: str,
+        name: str,
+        request: Message,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - the shim is told too
+        metadata: Mapping[str, str] | None = None,
+    ) -> Message:
+        """Call a method. Raises what the shim answered, DeadlineExceeded, Unavailable."""
+
+
+async def _connect(bootstrap: Bootstrap, limit: float, on_close: Callable[[WherryError], None]) -> Connection:
+    if bootstrap.protocol.lower() == "ttrpc":
+        return await TtrpcClient.connect(bootstrap.path, limit, on_close=on_close)
+    # grpcio is 9 MB and 0.1 s: for who has such a shim
+    from wherry.daemon.grpc_shim import GrpcShim  # noqa: PLC0415
+
+    return await GrpcShim.connect(bootstrap.address, limit, on_close)
+
+
 class Shim:
     """One shim that answers, or did a moment ago. `lost` is done when it died by itself and was cleaned up after."""
 
@@ -65,16 +99,14 @@ class Shim:
         self.leaving = False  # it was told to, or is being cleaned up after
         self.exit_published = False
         self.lost: asyncio.Future[DeadShim] = asyncio.get_running_loop().create_future()
-        self._client: TtrpcClient | None = None
+        self._client: Connection | None = None
         self._service = f"containerd.task.v{bootstrap.version}.Task"
-        self._metadata = {TTRPC_NAMESPACE: bundle.namespace}
+        key = TTRPC_NAMESPACE if bootstrap.protocol.lower() == "ttrpc" else GRPC_NAMESPACE
+        self._metadata = {key: bundle.namespace}
 
     async def connect(self, limit: float, on_close: Callable[[Shim], None]) -> None:
         """Connect within `limit` seconds; `on_close` hears of the connection's end. Raises Unavailable."""
-        if self.bootstrap.protocol.lower() != "ttrpc":
-            raise Unimplemented(f"shim of {self.bundle.id} speaks {self.bootstrap.protocol}: only ttrpc is supported")
-        path = self.bootstrap.path
-        self._client = await TtrpcClient.connect(path, limit, on_close=lambda error: on_close(self))
+        self._client = await _connect(self.bootstrap, limit, lambda error: on_close(self))
 
     async def hang_up(self) -> None:
         """Close the connection; the shim goes on."""

@@ -2,6 +2,10 @@
 
 The binary is run with `start` in the bundle and prints where the shim listens: a plain address (containerd 1.6), JSON
 (1.7 to 2.2) or a `BootstrapResult` (2.3). When the shim died it is run with `delete`.
+
+What it reads changed with 2.3, from the options in an `Any` to `BootstrapParams`, and no shim tells beforehand which of
+them it reads: an `Any` even parses as the other. Shims of before are the many, so they are asked in the old way first;
+one of after refuses that before it does anything and says so, and is asked in the new way.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ TASK_API_VERSION: Final = 3
 DELETE_TIMEOUT: Final = 10.0
 # the start action of a stranger's shim is an exec and an exec again, on a loaded machine
 FOREIGN_START_TIMEOUT: Final = 30.0
+# whose start protocol it is that we speak
+_CONTAINERD_VERSION: Final = "2.3.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +72,15 @@ class ForeignShim:
     debug: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def publisher(self) -> str:
+        """The program that publishes events."""
+        return self.publish_binary or sys.argv[0]
+
     def arguments(self, action: str) -> list[str]:
         """The command line for the action "start" or "delete"."""
-        publish = self.publish_binary or sys.argv[0]
         command = [self.binary, "-namespace", self.namespace, "-address", self.grpc_address]
-        command += ["-publish-binary", publish, "-id", self.id]
+        command += ["-publish-binary", self.publisher, "-id", self.id]
         if action == "delete":
             command += ["-bundle", self.bundle]
         if self.debug:
@@ -135,8 +145,35 @@ async def start_foreign_shim(
     the bundle first. Raises Unavailable with what the shim said, NotFound when there is no such binary.
     """
     stdin = options.SerializeToString() if options is not None else b""
-    output = await _run(shim.binary, shim.arguments("start"), shim, stdin, within, merge=True)
+    command = shim.arguments("start")
+    try:
+        output = await _run(shim.binary, command, shim, stdin, within, merge=True)
+    except errors.Unavailable as error:
+        if not wants_bootstrap(error.message):
+            raise
+        output = await _run(shim.binary, command, shim, bootstrap_params(shim, options), within, merge=True)
     return parse_start_response(output)
+
+
+def wants_bootstrap(said: str) -> bool:
+    """Whether a shim's refusal to start means that it reads `BootstrapParams` alone (containerd 2.3.4 and later)."""
+    return "bootstrap" in said.lower()
+
+
+def bootstrap_params(shim: ForeignShim, options: AnyMessage | None) -> bytes:
+    """What a shim of containerd 2.3 reads from its stdin."""
+    params = bootstrap_pb2.BootstrapParams(
+        instance_id=shim.id,
+        namespace=shim.namespace,
+        log_level=bootstrap_pb2.LOG_LEVEL_DEBUG if shim.debug else bootstrap_pb2.LOG_LEVEL_INFO,
+        containerd_version=_CONTAINERD_VERSION,
+        containerd_ttrpc_address=shim.ttrpc_address,
+        containerd_grpc_address=shim.grpc_address,
+        containerd_binary=shim.publisher,
+    )
+    if options is not None and options.type_url:
+        params.extensions.add(value=options)
+    return params.SerializeToString()
 
 
 async def delete_shim(shim: ForeignShim, *, within: float = DELETE_TIMEOUT) -> task_v2_pb2.DeleteResponse:
