@@ -158,6 +158,7 @@ def preload() -> None:
         v2,
     )
     from wherry.runtime import (  # noqa: F401
+        cgroup,
         console,
         copyup,
         create,
@@ -167,6 +168,7 @@ def preload() -> None:
         lifecycle,
         listener,
         netdevices,
+        prepare,
         rootless,
         sealed,
         seccomp,
@@ -210,9 +212,9 @@ def exec_process(request: ExecRequest) -> int:
 
     `unable to start container process: exec: "nosuch": executable file not found in $PATH` if it can't be.
     """
-    from wherry.runtime import create as implementation
+    from wherry.runtime import execute
 
-    return implementation.exec_process(request)
+    return execute.exec_process(request)
 
 
 def kill(root: str, id: str, signal: int, *, all: bool = False) -> None:  # noqa: A002

@@ -9,21 +9,113 @@ can't be traced (`sealed.py`, `init.isolate`), because here somebody is already 
 
 from __future__ import annotations
 
+import errno
 import os
 
+from wherry.core.errors import WherryError
 from wherry.linux import namespaces, process
 from wherry.linux import syscalls as sc
-from wherry.runtime import init, kernel
-from wherry.runtime.errors import PRECONDITION, ContainerError
+from wherry.runtime import create, init, kernel, make, prepare, spec, state
+from wherry.runtime.errors import INVALID, PRECONDITION, ContainerError
+from wherry.runtime.plan import Plan
 from wherry.runtime.root import Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from collections.abc import Callable
+    from typing import Any, NoReturn
 
     from wherry.runtime.channel import Channel
-    from wherry.runtime.plan import Plan
+    from wherry.runtime.container import ExecRequest
     from wherry.runtime.state import State
+
+
+def exec_process(request: ExecRequest) -> int:
+    """See `container.exec_process`."""
+    from wherry.linux import cgroups
+
+    spec.validate_process(request.process)
+    found = _running(request)
+    plan = Plan(found, found.spec(), request.process)
+    plan.is_exec = True
+    plan.stdio = request.stdio
+    plan.preserve_fds = request.preserve_fds
+    try:
+        plan.joined = open_namespaces(found)
+        plan.kinds = dict.fromkeys(plan.joined, "")
+        paths = _sub_cgroups(found.cgroup_paths, request.sub_cgroups)
+        plan.cgroup = cgroups.restore(paths) if paths else None
+        plan.cgroup_fd = plan.cgroup.clone_fd() if plan.cgroup else -1
+        prepare.open_console(plan, request.console_socket, request.console_fd)
+        prepare.compile_seccomp(plan)
+
+        def recorded(pid: int) -> None:
+            if request.pid_file:
+                make.write_pid_file(request.pid_file, pid)
+
+        pid, channel = _spawn(plan)
+        return make.converse(plan, pid, channel, recorded)
+    except (OSError, WherryError, ValueError) as error:
+        raise ContainerError(make.FAILED_START + create.text_of(error), exit_code=255) from error
+    finally:
+        prepare.close(plan, request.console_fd)
+
+
+# -- the runtime's part -----------------------------------------------------------------------------------------------
+
+
+def _running(request: ExecRequest) -> State:
+    found = state.load(request.root, request.id)
+    status = found.status()
+    if status in (state.STOPPED, state.CREATING):
+        raise ContainerError("cannot exec in a stopped container", PRECONDITION, exit_code=255)
+    if status == state.PAUSED and not request.ignore_paused:
+        message = "cannot exec in a paused container (use --ignore-paused to override)"
+        raise ContainerError(message, PRECONDITION, exit_code=255)
+    return found
+
+
+def _spawn(plan: Plan) -> tuple[int, Channel]:
+    try:
+        return _spawn_on(plan, run)
+    except OSError as error:
+        if error.errno != errno.EBUSY or plan.cgroup_fd < 0:
+            raise
+    # The container has made cgroups of its own below, so that this one may hold no process: init's it is.
+    plan.close()
+    plan.cgroup_fd = open_cgroup_of(plan.state.pid)
+    plan.joined = open_namespaces(plan.state)
+    return make.spawn(plan, run)
+
+
+def _spawn_on(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channel]:
+    """`make.spawn` with `execCPUAffinity.initial`: the CPUs until the process is in its cgroup."""
+    if not plan.process.get("execCPUAffinity"):
+        return make.spawn(plan, body)
+    from wherry.runtime import settings
+
+    before = os.sched_getaffinity(0)
+    try:
+        settings.set_affinity(plan.process, "initial")
+        return make.spawn(plan, body)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _sub_cgroups(paths: dict[str, str], wanted: list[str]) -> dict[str, str]:
+    """The container's cgroup directories, with those that `--cgroup` names replaced by ones below them."""
+    chosen = dict(paths)
+    for item in wanted:
+        controllers, colon, below = item.rpartition(":")
+        names = controllers.split(",") if colon else list(paths)
+        for name in names:
+            if name not in paths:
+                raise ContainerError(f"bad --cgroup argument: unknown controller {name}", INVALID)
+            path = os.path.normpath(f"{paths[name]}/{below}")
+            if path != paths[name] and not path.startswith(paths[name] + "/"):
+                raise ContainerError(f"bad --cgroup argument: {below} is not a sub-cgroup path", INVALID)
+            chosen[name] = path
+    return chosen
 
 
 def open_namespaces(state: State) -> dict[str, int]:
@@ -54,6 +146,9 @@ def open_cgroup_of(pid: int) -> int:
         raise ContainerError("the container's cgroup can't be found")
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     return os.open(hierarchy.mountpoint + path, flags)
+
+
+# -- the child's part -------------------------------------------------------------------------------------------------
 
 
 def run(plan: Plan, channel: Channel) -> NoReturn:

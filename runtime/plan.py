@@ -29,8 +29,8 @@ class Plan:
 
     def __init__(self, state: State, spec: dict[str, Any], process: dict[str, Any]) -> None:
         self.state = state
-        self.spec = spec
         self.process = process
+        self.spec = spec
         self.linux: dict[str, Any] = spec.get("linux") or {}
         self.new: list[str] = []
         self.joined: dict[str, int] = {}
@@ -38,6 +38,8 @@ class Plan:
         self.cgroup_fd = -1
         self.unit: Any = None  # `cgroups.systemd.Unit`, where systemd makes the cgroup, in this slice
         self.slice = ""
+        self.fresh_cgroup = False  # made by us: to be removed if the container can't be made
+        self.lock: Any = None  # `state.Lock`, held while the container is made
         self.fifo = -1
         self.failure = -1
         self.console = -1
@@ -51,6 +53,10 @@ class Plan:
         self.seccomp_flags = 0
         self.is_exec = False
         self.kinds: dict[str, str] = {}
+
+    def use(self, spec: dict[str, Any]) -> None:
+        """Another configuration than the bundle's, before anything was made from it."""
+        self.spec, self.process, self.linux = spec, spec["process"], spec.get("linux") or {}
 
     def open_namespaces(self) -> None:
         """Sort the configured namespaces into those to make and those to join, which are opened."""
