@@ -4,7 +4,11 @@ A file sets what differs from the defaults; the command line's flags win over it
 names the file and the key; what nobody here knows is kept out and reported as a warning with its path, so that a file
 written for containerd loads. `imports` are globs, relative to the file; what they set wins over the file.
 
-Beside containerd's tables there is one of ours:
+Beside containerd's tables there are ours:
+
+    [events]
+      keep_for = "168h"                           # for how long subscribers may go on where they stopped; "0": for ever
+      keep_count = 100000                         # and over how many events at most; 0: any number
 
     [runtimes."io.containerd.runc.v2"]       # the name that a container gives as its runtime
       shim = "/usr/bin/containerd-shim-runc-v2"   # absolute path or a name on PATH; empty: Wherry's own shim
@@ -191,6 +195,14 @@ class RuntimeHandler:
 
 
 @dataclass(frozen=True)
+class Events:
+    """`[events]`: how long (a duration) and how many events are kept; "0" and 0: no such limit."""
+
+    keep_for: str = "168h"
+    keep_count: int = 100_000
+
+
+@dataclass(frozen=True)
 class Config:
     """All of it. `warnings` says what in the files was not understood; `files` which files were read."""
 
@@ -206,6 +218,7 @@ class Config:
     timeouts: Mapping[str, str] = field(default_factory=dict)
     proxy_plugins: Mapping[str, ProxyPlugin] = field(default_factory=dict, metadata=_NO_EFFECT)
     runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
+    events: Events = Events()
     gc: Gc = field(default=Gc(), metadata={"plugin": True})
     overlayfs: Overlayfs = field(default=Overlayfs(), metadata={"plugin": True})
     native: Snapshotter = field(default=Snapshotter(), metadata={"plugin": True})
@@ -398,6 +411,9 @@ def _check(config: Config, path: str) -> None:
     scheduler = f'plugins."{_PLUGIN_URIS["gc"]}"'
     durations[f"{scheduler}.schedule_delay"] = config.gc.schedule_delay
     durations[f"{scheduler}.startup_delay"] = config.gc.startup_delay
+    durations["events.keep_for"] = config.events.keep_for
+    if config.events.keep_count < 0:
+        raise InvalidArgument(f"config file {path}: events.keep_count: expected a number of events, 0 for any")
     for at, text in durations.items():
         try:
             parse_duration(text)

@@ -5,7 +5,8 @@ Three ways in, one way out:
 - a service of the daemon calls `Exchange.publish(namespace, topic, event)`;
 - a shim calls `Forward` on the ttrpc door, with the envelope it made (containerd.services.events.ttrpc.v1);
 - a client calls `Publish` or `Forward` (containerd.services.events.v1);
-- `Exchange.subscribe(filters)` gives each subscriber its own queue.
+- `Exchange.subscribe(filters)` gives each subscriber its own queue; who wants memory reads the journal
+  (`events_journal.py`, `events_kept.py`), which gets every event, too.
 
 Publishing never waits: a subscriber that reads too slowly is cut off with an error that says so, and harms nobody else.
 """
@@ -30,6 +31,7 @@ from wherry.core.names import check_identifier, require_namespace
 from wherry.core.topics import check_topic
 from wherry.core.typeurl import pack, unpack
 from wherry.daemon import logs
+from wherry.daemon.events_journal import Journal, key_of
 from wherry.proto import events_pb2 as _events  # noqa: F401  # registers the events' types for unpacking
 from wherry.proto import events_service_pb2, events_ttrpc_pb2
 from wherry.proto.service import Context
@@ -39,6 +41,9 @@ log = structlog.get_logger(__name__)
 
 # A subscriber that is this many envelopes behind is cut off: at about 300 bytes each that is some 5 MB.
 QUEUE_LIMIT = 16384
+# nanoseconds; a forwarded event that is older than this was perhaps told before: to an earlier daemon, or the answer
+# didn't reach the shim in time
+_PERHAPS_TOLD = 10**9
 
 
 class Subscription:
@@ -58,7 +63,7 @@ class Subscription:
 
     def offer(self, envelope: Envelope) -> None:
         """Queue an envelope if the filters let it through; in the loop's thread, never waits."""
-        if self._error is not None or not self._matches(_adaptor(envelope)):
+        if self._error is not None or not self._matches(adaptor(envelope)):
             return
         if len(self._queue) >= QUEUE_LIMIT:
             self._queue.clear()
@@ -97,6 +102,8 @@ class Exchange:
     """The bus. Belongs to the event loop in whose thread it was made."""
 
     def __init__(self) -> None:
+        self.journal: Journal | None = None
+        """Where events are kept; None until the metadata is open."""
         self._subscriptions: set[Subscription] = set()
         self._watchers: dict[str, list[Callable[[Envelope], None]]] = {}
         self._loop = asyncio.get_running_loop()
@@ -112,15 +119,31 @@ class Exchange:
         held = event if isinstance(event, any_pb2.Any) else pack(event)
         self._send(Envelope(timestamp=_now(), namespace=namespace, topic=topic, event=held))
 
-    def forward(self, envelope: Envelope) -> None:
-        """Send an envelope that somebody else made (a shim); from any thread, never waits.
+    async def publish_kept(self, namespace: str, topic: str, event: Message) -> None:
+        """`publish`, and return when the journal has it; an event that was told before (`key_of`) goes nowhere.
 
-        Raises InvalidArgument for a malformed namespace or topic, or one without a timestamp.
+        In the loop's thread. What can't be written now (a full disk) waits in memory for the next try.
+        """
+        _check(namespace, topic)
+        envelope = Envelope(timestamp=_now(), namespace=namespace, topic=topic, event=pack(event))
+        try:
+            await self._send_kept(envelope, new=False)
+        except WherryError as error:
+            log.error("an event is not kept yet", topic=topic, error=error.message)
+            if self.journal is not None:
+                self.journal.add(envelope, key=key_of(envelope))
+
+    async def forward(self, envelope: Envelope) -> None:
+        """Send an envelope that somebody else made (a shim), and return when the journal has it; in the loop's thread.
+
+        Raises InvalidArgument for a malformed namespace or topic, or one without a timestamp, and what the journal ran
+        into (a full disk: the shim keeps the event and tells it again).
         """
         _check(envelope.namespace, envelope.topic)
         if not envelope.HasField("timestamp") or not (envelope.timestamp.seconds or envelope.timestamp.nanos):
             raise InvalidArgument("timestamp must be set on forwarded event: invalid argument")
-        self._send(envelope)
+        new = envelope.timestamp.ToNanoseconds() > time.time_ns() - _PERHAPS_TOLD
+        await self._send_kept(envelope, new=new)
 
     def subscribe(self, filters: Sequence[str] = ()) -> Subscription:
         """A new subscriber, who sees what is published from now on; in the loop's thread.
@@ -140,10 +163,28 @@ class Exchange:
         """Forget a subscriber; called by `Subscription.close`."""
         self._subscriptions.discard(subscription)
 
+    async def _send_kept(self, envelope: Envelope, *, new: bool) -> None:
+        journal = self.journal
+        if journal is None:
+            self._offer(envelope)
+            return
+        key = key_of(envelope)
+        if not new and journal.knows(key):
+            return
+        written = journal.add(envelope, key=key, confirm=True)
+        self._offer(envelope)
+        if written is not None:
+            await written
+
     def _send(self, envelope: Envelope) -> None:
         if threading.get_ident() != self._thread:
             self._loop.call_soon_threadsafe(self._send, envelope)
             return
+        if self.journal is not None:
+            self.journal.add(envelope)
+        self._offer(envelope)
+
+    def _offer(self, envelope: Envelope) -> None:
         if logs.is_debug():
             log.debug("event", namespace=envelope.namespace, topic=envelope.topic, type=envelope.event.type_url)
         for watcher in self._watchers.get(envelope.topic, ()):
@@ -168,7 +209,7 @@ class EventsService:
 
     async def forward(self, request: events_service_pb2.ForwardRequest, context: Context) -> empty_pb2.Empty:
         """Publish an envelope as it is."""
-        self._exchange.forward(request.envelope)
+        await self._exchange.forward(request.envelope)
         return empty_pb2.Empty()
 
     async def subscribe(
@@ -190,7 +231,7 @@ class EventsTtrpcService:
 
     async def forward(self, request: events_ttrpc_pb2.ForwardRequest, context: Context) -> empty_pb2.Empty:
         """Publish a shim's envelope as it is."""
-        self._exchange.forward(request.envelope)
+        await self._exchange.forward(request.envelope)
         return empty_pb2.Empty()
 
 
@@ -211,7 +252,7 @@ def _now() -> timestamp_pb2.Timestamp:
     return timestamp_pb2.Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)
 
 
-def _adaptor(envelope: Envelope) -> Adaptor:
+def adaptor(envelope: Envelope) -> Adaptor:
     """The field lookup that a filter asks: `topic`, `namespace`, `event.FIELD…`; None where there is no such value."""
     event: Message | None = None
 

@@ -22,6 +22,8 @@ from wherry.daemon.content_service import ContentService
 from wherry.daemon.diff import Differ, DiffService
 from wherry.daemon.durations import parse_duration
 from wherry.daemon.events import EventsService, EventsTtrpcService, Exchange
+from wherry.daemon.events_journal import Journal, Retention
+from wherry.daemon.events_kept import KeptEventsService
 from wherry.daemon.gc import Collector, Policy
 from wherry.daemon.health import HealthService
 from wherry.daemon.images import ImageService, ImageStore
@@ -109,6 +111,11 @@ class Daemon:
         with load("io.containerd.metadata.v1", "bolt", requires=["io.containerd.content.v1"]):
             metadata = await Metadata.open(self._root("metadata.db"))
             self._cleanup.push_async_callback(metadata.close)
+            events = self._config.events
+            retention = Retention(parse_duration(events.keep_for), events.keep_count)
+            self._exchange.journal = await Journal.open(metadata, retention)
+            self._cleanup.push_async_callback(self._exchange.journal.close)
+            self._add("kept-events", KeptEventsService(self._exchange.journal))
         with load("io.containerd.content.v1", "content", exports={"root": self._root("content")}):
             isolated = self._config.metadata.content_sharing_policy == "isolated"
             self._content = ContentStore(metadata, self._root("content"), publish, isolated=isolated)

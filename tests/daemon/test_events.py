@@ -132,10 +132,10 @@ async def test_malformed_envelopes_are_refused(change: Callable[[Envelope], None
     exchange = Exchange()
     envelope = Envelope(namespace="ns", topic="/a", event=pack(TaskExit()))
     envelope.timestamp.GetCurrentTime()
-    exchange.forward(envelope)
+    await exchange.forward(envelope)
     change(envelope)
     with pytest.raises(InvalidArgument, match=says):
-        exchange.forward(envelope)
+        await exchange.forward(envelope)
 
 
 def test_ctr_sees_events_and_its_filters_are_checked(wherryd: Wherryd) -> None:
