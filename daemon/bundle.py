@@ -35,6 +35,16 @@ class Launch:
     binary: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ExecExit:
+    """How a process that was exec'd ended, as its shim noted it; nanoseconds since the epoch."""
+
+    exec_id: str
+    pid: int
+    exit_status: int
+    exited_at_ns: int
+
+
 class Bundle:
     """One bundle by its path; making the object touches nothing."""
 
@@ -84,6 +94,19 @@ class Bundle:
             return Launch(str(value["runtime"]), str(value["binary"]))
         except (OSError, ValueError, KeyError, TypeError):
             return Launch("")
+
+    def exec_exits(self) -> list[ExecExit]:
+        """The ends of exec'd processes that our shim kept; none of a stranger's."""
+        found = []
+        for name in _listed(os.path.join(self.path, "exits")):
+            if not name.startswith("exec-") or not name.endswith(".json"):
+                continue
+            exec_id = name.removeprefix("exec-").removesuffix(".json")
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                value = json.loads(self._read(f"exits/{name}"))
+                numbers = int(value["pid"]), int(value["exit_status"]), int(value["exited_at_ns"])
+                found.append(ExecExit(exec_id, *numbers))
+        return found
 
     def delete(self) -> None:
         """Unmount and remove it; one that isn't there is fine. Raises OSError for a mount that can't be detached."""

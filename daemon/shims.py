@@ -276,9 +276,11 @@ class Shims:
             log.error("could not clean up after a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
             dead = DeadShim(shim.pid, SIGKILLED, time.time_ns(), f"the shim died, and its clean-up failed: {error}")
         await shim.hang_up()
-        await self._remove(shim)
+        # told before the bundle goes: a daemon that dies in between leaves it to the next one, to whom the journal says
+        # what was told already
         if dead.pid or shim.pid:
-            self._report(shim, dead)
+            await self._report(shim, dead)
+        await self._remove(shim)
         if not shim.lost.done():
             shim.lost.set_result(dead)
 
@@ -292,10 +294,9 @@ class Shims:
         exited_at = answer.exited_at.ToNanoseconds() or time.time_ns()
         return DeadShim(answer.pid, answer.exit_status or SIGKILLED, exited_at, f"its shim {launch.binary} died")
 
-    def _report(self, shim: Shim, dead: DeadShim) -> None:
+    async def _report(self, shim: Shim, dead: DeadShim) -> None:
         namespace, identity = shim.key
         pid = dead.pid or shim.pid
-        exited_at = timestamp(dead.exited_at_ns)
         log.warning(
             "container ended with its shim",
             namespace=namespace,
@@ -304,15 +305,22 @@ class Shims:
             exit_status=dead.exit_status,
             reason=dead.reason,
         )
+        ends = [(end.exec_id, end.pid, end.exit_status, end.exited_at_ns) for end in shim.bundle.exec_exits()]
         if not shim.exit_published:
+            ends.append((identity, pid, dead.exit_status, dead.exited_at_ns))
+        for name, process, status, at in ends:
             event = events_pb2.TaskExit(
-                container_id=identity, id=identity, pid=pid, exit_status=dead.exit_status, exited_at=exited_at
+                container_id=identity, id=name, pid=process, exit_status=status, exited_at=timestamp(at)
             )
-            self._exchange.publish(namespace, topics.TASK_EXIT, event)
+            await self._exchange.publish_kept(namespace, topics.TASK_EXIT, event)
         gone = events_pb2.TaskDelete(
-            container_id=identity, id=identity, pid=pid, exit_status=dead.exit_status, exited_at=exited_at
+            container_id=identity,
+            id=identity,
+            pid=pid,
+            exit_status=dead.exit_status,
+            exited_at=timestamp(dead.exited_at_ns),
         )
-        self._exchange.publish(namespace, topics.TASK_DELETE, gone)
+        await self._exchange.publish_kept(namespace, topics.TASK_DELETE, gone)
 
     def _saw_exit(self, envelope: Envelope) -> None:
         """Remember an exit that the shim itself has published, lest its death reports it again."""

@@ -16,10 +16,10 @@ from wherry.linux.process import is_alive
 from wherry.shim.container import open_runtime
 from wherry.shim.events import Publisher
 from wherry.shim.log import log
-from wherry.shim.loop import Children, Loop
+from wherry.shim.loop import Children, Exit, Loop
 from wherry.shim.oci_runtime import BUNDLED_ROOT
 from wherry.shim.process import Shim
-from wherry.shim.state_files import RuntimeSettings, read_exit, read_pid, read_settings
+from wherry.shim.state_files import RuntimeSettings, read_exit, read_pid, read_settings, write_exit
 
 KILLED: Final = 137
 # what was killed gets so long to be gone before its root is unmounted under it
@@ -59,7 +59,11 @@ def clean_up(namespace: str, container_id: str, bundle: str, runtime_root: str =
     if known is not None:
         end, reason = known
         return Remains(end.pid, end.status, end.at_ns, reason)
-    return Remains(pid, KILLED, time.time_ns(), "the shim of the container was killed")
+    remains = Remains(pid, KILLED, time.time_ns(), "the shim of the container was killed")
+    with contextlib.suppress(OSError):
+        # whoever asks again, after a daemon that died over this, is told of the same end
+        write_exit(bundle, "", Exit(pid, KILLED, remains.exited_at_ns), remains.reason)
+    return remains
 
 
 def _await_death(pid: int) -> None:
