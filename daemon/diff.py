@@ -10,12 +10,12 @@ from wherry.core.errors import FailedPrecondition, InvalidArgument
 from wherry.core.labels import UNCOMPRESSED
 from wherry.daemon.content import ContentStore
 from wherry.daemon.namespaces import require_namespace
-from wherry.daemon.snapshots_service import mounts_from_proto
 from wherry.linux.mounts import Mount
 from wherry.proto import diff_pb2 as pb
 from wherry.proto import types_pb2
 from wherry.proto.service import Context
 from wherry.snapshotter.applier import Applied, Applier
+from wherry.snapshotter.wire import mounts_from_proto
 
 # what a layer is made as where the caller doesn't say, as in containerd
 DEFAULT_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 from google.protobuf import empty_pb2
 
 from wherry.daemon.namespaces import require_namespace
 from wherry.daemon.snapshots import SnapshotStore
-from wherry.linux.mounts import Mount
 from wherry.proto import snapshots_pb2 as pb
-from wherry.proto import types_pb2
 from wherry.proto.service import Context
+from wherry.snapshotter.wire import mounts_to_proto
 
 # infos in one message of a list, as containerd sends them
 LIST_BLOCK = 100
-
-
-def mounts_to_proto(mounts: Iterable[Mount]) -> list[types_pb2.Mount]:
-    """Mounts as the wire has them."""
-    return [
-        types_pb2.Mount(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
-        for mount in mounts
-    ]
-
-
-def mounts_from_proto(mounts: Iterable[types_pb2.Mount]) -> list[Mount]:
-    """Mounts as values."""
-    return [Mount(mount.type, mount.source, mount.target, tuple(mount.options)) for mount in mounts]
 
 
 class SnapshotService:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 
+from wherry.linux import idmapped
 from wherry.linux import syscalls as sc
 
 TYPE_CHECKING = False
@@ -131,10 +132,10 @@ class Options:
 
     flags: what mount(2) gets; cleared: bits that an option switched off explicitly (`rw`, `exec`); propagation: flags
     for mount(2) calls of their own, in order; data: what is left for the filesystem, comma-separated; set_rec and
-    clear_rec: attributes for a recursive mount_setattr(2).
+    clear_rec: attributes for a recursive mount_setattr(2); maps: what `uidmap=` and `gidmap=` say (`idmapped.py`).
     """
 
-    __slots__ = ("clear_rec", "cleared", "data", "flags", "propagation", "set_rec")
+    __slots__ = ("clear_rec", "cleared", "data", "flags", "maps", "propagation", "set_rec")
 
     def __init__(self, options: Iterable[str]) -> None:
         self.flags = 0
@@ -142,6 +143,7 @@ class Options:
         self.propagation: list[int] = []
         self.set_rec = 0
         self.clear_rec = 0
+        self.maps: dict[str, str] = {}
         data: list[str] = []
         for option in options:
             if option in FLAGS:
@@ -154,6 +156,8 @@ class Options:
                 attributes, cleared = RECURSIVE[option]
                 self.set_rec = self.set_rec & ~cleared | attributes
                 self.clear_rec = self.clear_rec & ~attributes | cleared
+            elif option.startswith(("uidmap=", "gidmap=")):
+                self.maps[option[:6]] = option[7:]
             elif option:
                 data.append(option)
         self.data = ",".join(data)
@@ -215,6 +219,8 @@ def mount(type: str, source: str, target: str, options: Iterable[str], *, shown:
     try:
         if opts.propagation and not type and not source:
             pass  # only the propagation of what is there changes
+        elif opts.maps:
+            _mount_mapped(type, source, target, opts)
         elif len(opts.data) > PAGE_LIMIT and type == "overlay":
             _mount_overlay(source, target, opts)
         else:
@@ -224,6 +230,28 @@ def mount(type: str, source: str, target: str, options: Iterable[str], *, shown:
         _finish(target, opts)
     except OSError as error:
         raise _explained(error, type, source, shown or target, opts) from None
+
+
+def _mount_mapped(type: str, source: str, target: str, opts: Options) -> None:  # noqa: A002
+    users = idmapped.user_namespace(opts.maps.get("uidmap", ""), opts.maps.get("gidmap", ""))
+    try:
+        if type != "overlay":
+            idmapped.bind(source, target, users, recursive=bool(opts.flags & sc.MS_REC))
+            return
+        lower = next((o[9:] for o in split_escaped_keep(opts.data) if o.startswith("lowerdir=")), "")
+
+        def use(layers: Sequence[str]) -> None:
+            mapped = Options(())
+            mapped.flags = opts.flags
+            mapped.data = opts.data.replace(f"lowerdir={lower}", "lowerdir=" + ":".join(layers))
+            if len(mapped.data) > PAGE_LIMIT:
+                _mount_overlay(source, target, mapped)
+            else:
+                sc.mount(source, target, type, mapped.flags, mapped.data)
+
+        idmapped.with_layers(split_escaped(lower), users, use)
+    finally:
+        os.close(users)
 
 
 def _finish(target: str, opts: Options) -> None:

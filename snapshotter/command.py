@@ -1,8 +1,8 @@
 """The command `wherry-snapshotter`: one snapshotter on a socket, for containerd or `wherryd` as a proxy plugin.
 
-    [proxy_plugins.wherry]
-      type = "snapshot"
-      address = "/run/wherry-snapshotter/overlayfs.sock"
+[proxy_plugins.wherry]
+  type = "snapshot"
+  address = "/run/wherry-snapshotter/overlayfs.sock"
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ Snapshots stay; whoever serves the same root again goes on with them.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 0 after an orderly end, 1 for an error (said on stderr), 2 for a wrong use."""
     options = _parser().parse_args(argv)
+    options.address = os.path.abspath(options.address.removeprefix("unix://"))
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[options.log_level]),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
@@ -62,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--async-remove", action="store_true", help="files of removed ones wait for Cleanup")
         command.add_argument("--log-level", "-l", choices=tuple(_LEVELS), default="info")
         if name == "overlayfs":
-            command.add_argument("--mount-option", action="append", default=[], metavar="OPTION", help="may be repeated")
+            command.add_argument(
+                "--mount-option", action="append", default=[], metavar="OPTION", help="may be repeated"
+            )
             command.add_argument("--upperdir-label", action="store_true", help="show where a snapshot's changes are")
             command.add_argument("--slow-chown", action="store_true", help="don't remap by idmapped mounts")
     return parser
@@ -82,7 +85,7 @@ def _open(options: argparse.Namespace) -> DirectorySnapshotter:
 
 
 async def _serve(options: argparse.Namespace) -> None:
-    address = os.path.abspath(options.address.removeprefix("unix://"))
+    address = options.address
     os.makedirs(os.path.dirname(address), mode=0o711, exist_ok=True)
     lock = _lock(f"{address}.lock", address)
     try:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WherryError
 from wherry.linux.mounts import Mount, mountinfo, unmount_all
+from wherry.snapshotter import remap
 from wherry.snapshotter.interface import Info, Kind, Usage
 from wherry.snapshotter.metadata import Metadata, Record
 from wherry.snapshotter.usage import disk_usage
@@ -55,7 +56,13 @@ class DirectorySnapshotter:
         os.makedirs(root, mode=0o700, exist_ok=True)
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         _spread(self._directory)
-        self._metadata = Metadata(os.path.join(root, "metadata.db"))
+        self._held = _hold(root)
+        try:
+            self._metadata = Metadata(os.path.join(root, "metadata.db"))
+        except BaseException:
+            os.close(self._held)
+            raise
+        self.remaps = remap.supported()
         self._janitor = None if async_remove else _Janitor(self._metadata)
         if self._janitor is not None:
             for directory in self._garbage():
@@ -108,6 +115,8 @@ class DirectorySnapshotter:
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         directory = ""
+        if self.remaps:
+            remap.check(labels)
         try:
             with self._metadata.write():
                 record = self._metadata.create(kind, key, parent, labels)
@@ -159,6 +168,9 @@ class DirectorySnapshotter:
         if self._janitor is not None:
             self._janitor.close()
         self._metadata.close()
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
 
     # directories
 
@@ -264,6 +276,19 @@ def _spread(directory: str) -> None:
         log.debug("no hint for the placing of snapshots below %s: %s", directory, error)  # another file system
     finally:
         os.close(fd)
+
+
+def _hold(root: str) -> int:
+    """Keep others from serving the same snapshots: a lock that ends with this process. FailedPrecondition."""
+    fd = os.open(os.path.join(root, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise FailedPrecondition(
+            f"the snapshots in {root} are served by another process: failed precondition"
+        ) from None
+    return fd
 
 
 def delete_tree(directory: str) -> None:

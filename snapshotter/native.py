@@ -9,8 +9,9 @@ import os
 from collections.abc import Sequence
 
 from wherry.core.errors import Unimplemented
-from wherry.linux.mounts import Mount
 from wherry.linux.copying import copy_tree
+from wherry.linux.mounts import Mount
+from wherry.snapshotter import remap
 from wherry.snapshotter.directories import DirectorySnapshotter
 from wherry.snapshotter.interface import Kind
 from wherry.snapshotter.metadata import Record
@@ -30,7 +31,8 @@ class NativeSnapshotter(DirectorySnapshotter):
     def _mounts_of(self, record: Record, chain: Sequence[int]) -> list[Mount]:
         writable = record.info.kind is Kind.ACTIVE
         number = chain[0] if chain and not writable else record.id
-        return [Mount("bind", self.content(number), options=("rw" if writable else "ro", "rbind"))]
+        maps = remap.options(record.info.labels) if self.remaps else ()
+        return [Mount("bind", self.content(number), options=(*maps, "rw" if writable else "ro", "rbind"))]
 
     def _commit_on(self, record: Record, parent: Record) -> None:
         raise Unimplemented(

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument
 from wherry.linux.mounts import Mount, unmount_all
+from wherry.snapshotter import remap
 from wherry.snapshotter.below import adopt_implied
 from wherry.snapshotter.directories import DirectorySnapshotter
 from wherry.snapshotter.interface import Info, Kind
@@ -30,7 +31,8 @@ UPPERDIR_LABEL = "containerd.io/snapshot/overlay.upperdir"
 
 class OverlaySnapshotter(DirectorySnapshotter):
     """Options are containerd's: `upperdir_label` shows `UPPERDIR_LABEL` on each snapshot, `mount_options` are added to
-    each overlay mount (not to bind mounts), `async_remove` leaves files of removed snapshots to `cleanup()`.
+    each overlay mount (not to bind mounts), `async_remove` leaves files of removed snapshots to `cleanup()`,
+    `slow_chown` leaves it to clients to give a user namespace's containers files of their own (see `remap.py`).
 
     FailedPrecondition where the kernel or the file system below `root` can't do overlays (`check`).
     """
@@ -42,6 +44,7 @@ class OverlaySnapshotter(DirectorySnapshotter):
         upperdir_label: bool = False,
         mount_options: Sequence[str] = (),
         async_remove: bool = False,
+        slow_chown: bool = False,
         check: bool = True,
     ) -> None:
         if any(char in root for char in ",:\\"):
@@ -50,6 +53,7 @@ class OverlaySnapshotter(DirectorySnapshotter):
         if check:
             check_support(root)
         super().__init__(root, async_remove=async_remove)
+        self.remaps = not slow_chown and remap.supported()
         self._upperdir_label = upperdir_label
         self._options = default_options(mount_options)
 
@@ -59,16 +63,19 @@ class OverlaySnapshotter(DirectorySnapshotter):
         if record.parent_id is not None:
             # the uppermost root directory is the one that is seen: it must look like the one below
             _like(files, self.content(record.parent_id))
+            if self.remaps and remap.check(record.info.labels):
+                _remap(files, record.info.labels)
         if record.info.kind is Kind.ACTIVE:
             os.mkdir(f"{directory}/work", 0o711)
 
     def _mounts_of(self, record: Record, chain: Sequence[int]) -> list[Mount]:
         writable = record.info.kind is Kind.ACTIVE
+        maps = remap.options(record.info.labels) if self.remaps else ()
         if not chain:
-            return [Mount("bind", self.content(record.id), options=("rw" if writable else "ro", "rbind"))]
+            return [Mount("bind", self.content(record.id), options=(*maps, "rw" if writable else "ro", "rbind"))]
         if not writable and len(chain) == 1:
-            return [Mount("bind", self.content(chain[0]), options=("ro", "rbind"))]
-        options = [*self._options]
+            return [Mount("bind", self.content(chain[0]), options=(*maps, "ro", "rbind"))]
+        options = [*maps, *self._options]
         if writable:
             options += [f"workdir={self.directory(record.id)}/work", f"upperdir={self.content(record.id)}"]
         options.append("lowerdir=" + ":".join(self.content(number) for number in chain))
@@ -91,6 +98,13 @@ def _like(directory: str, other: str) -> None:
         os.chown(directory, status.st_uid, status.st_gid)
     if status.st_mode & 0o7777 != 0o755:
         os.chmod(directory, status.st_mode & 0o7777)
+
+
+def _remap(directory: str, labels: Mapping[str, str]) -> None:
+    """The root is seen as it is, unlike the layers below: it gets the owner that theirs have when they are mapped."""
+    status = os.stat(directory)
+    owner = remap.to_host(status.st_uid, remap.parse(labels[remap.UID_LABEL]))
+    os.chown(directory, owner, remap.to_host(status.st_gid, remap.parse(labels[remap.GID_LABEL])))
 
 
 def default_options(mount_options: Sequence[str]) -> tuple[str, ...]:

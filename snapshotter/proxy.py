@@ -6,6 +6,7 @@ The contract is `interface.Snapshotter`; what the other side answers is passed o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -91,10 +92,8 @@ class ProxySnapshotter:
 
     def cleanup(self) -> None:
         """Ask for it; a plugin that knows nothing of it (containerd's interface leaves it open) has nothing to do."""
-        try:
+        with contextlib.suppress(Unimplemented, FailedPrecondition):
             self._client.call(SERVICE, "Cleanup", pb.CleanupRequest(snapshotter=self._name), timeout=SLOW_SECONDS)
-        except (Unimplemented, FailedPrecondition):
-            pass
 
     def close(self) -> None:
         self._client.close()

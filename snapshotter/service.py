@@ -48,9 +48,7 @@ class SnapshotterService:
 
     async def prepare(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
         """An active snapshot."""
-        mounts = await self._run(
-            lambda: self._snapshotter.prepare(request.key, request.parent, dict(request.labels))
-        )
+        mounts = await self._run(lambda: self._snapshotter.prepare(request.key, request.parent, dict(request.labels)))
         return pb.PrepareSnapshotResponse(mounts=mounts_to_proto(mounts))
 
     async def view(self, request: pb.ViewSnapshotRequest, context: Context) -> pb.ViewSnapshotResponse:
@@ -65,9 +63,7 @@ class SnapshotterService:
     async def commit(self, request: pb.CommitSnapshotRequest, context: Context) -> empty_pb2.Empty:
         """An active snapshot becomes a layer."""
         labels = dict(request.labels)
-        await self._run(
-            lambda: self._snapshotter.commit(request.name, request.key, labels, request.parent), slow=True
-        )
+        await self._run(lambda: self._snapshotter.commit(request.name, request.key, labels, request.parent), slow=True)
         return empty_pb2.Empty()
 
     async def remove(self, request: pb.RemoveSnapshotRequest, context: Context) -> empty_pb2.Empty:

@@ -29,7 +29,7 @@ def mounts_from_proto(mounts: Iterable[types_pb2.Mount]) -> list[Mount]:
 
 def info_to_proto(info: Info) -> pb.Info:
     """An info as the wire has it."""
-    message = pb.Info(name=info.name, parent=info.parent, kind=pb.Kind.ValueType(int(info.kind)), labels=info.labels)
+    message = pb.Info(name=info.name, parent=info.parent, kind=pb.Kind.Name(int(info.kind)), labels=info.labels)
     for field, nanoseconds in ((message.created_at, info.created), (message.updated_at, info.updated)):
         if nanoseconds:
             field.CopyFrom(_timestamp(nanoseconds))

@@ -15,7 +15,7 @@ import pytest
 from tests.daemon.stores import NS, Stores, call, digest_of, stores
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented, WherryError
 from wherry.daemon.diff import Differ, DiffService
-from wherry.daemon.snapshots_service import mounts_to_proto
+from wherry.snapshotter.wire import mounts_to_proto
 from wherry.proto import diff_pb2 as pb
 from wherry.proto import types_pb2
 from wherry.snapshotter.applier import Applier
