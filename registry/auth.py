@@ -74,7 +74,10 @@ class Authorizer:
         self._lock = asyncio.Lock()
 
     async def header(self, scope: str) -> str | None:
-        """The header for a request of this scope (`repository:library/x:pull`); None before any challenge."""
+        """The header for a request of this scope (`repository:library/x:pull`, several with spaces between them).
+
+        None before any challenge.
+        """
         if self._challenge is None:
             return None
         async with self._lock:
@@ -93,8 +96,6 @@ class Authorizer:
             self._challenge = challenge
             if used is not None and self._tokens.get(scope, ("", 0.0))[0] == used:
                 del self._tokens[scope]
-                if challenge.parameters.get("error") in {"insufficient_scope", "invalid_token"} and len(headers) > 8:
-                    raise Unauthenticated(f"{self._name}: authorization failed")
             header = await self._header(scope)
         if header is None or (header == used and challenge.scheme == "basic"):
             raise Unauthenticated(f"{self._name}: authorization failed: no basic auth credentials")
@@ -125,10 +126,7 @@ class Authorizer:
         realm = challenge.parameters.get("realm", "")
         if urlsplit(realm).scheme not in {"http", "https"}:
             raise InvalidArgument(f"{self._name}: no valid realm in the authentication challenge: {realm[:200]!r}")
-        scopes = [scope] if scope else []
-        offered = challenge.parameters.get("scope", "")
-        if offered and offered not in scopes and not scope:
-            scopes.append(offered)
+        scopes = scope.split() or challenge.parameters.get("scope", "").split()
         fields: dict[str, str | list[str]] = {"scope": scopes}
         if service := challenge.parameters.get("service"):
             fields["service"] = service

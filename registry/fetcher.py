@@ -1,49 +1,51 @@
 """Fetching content: from the first host that has it, going on where a connection was cut.
 
-Nothing is verified here: the content store computes the digest of what it is given anyway.
+Nothing is verified here: the content store computes the digest of what it is given anyway, and says by
+`Fetcher.distrust` that a host gave something else.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
-from collections.abc import AsyncIterator
-
-import aiohttp
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
 
 from wherry.core import mediatypes
 from wherry.core.descriptor import Descriptor
-from wherry.core.errors import (
-    Aborted,
-    DeadlineExceeded,
-    NotFound,
-    OutOfRange,
-    ResourceExhausted,
-    Unavailable,
-    WherryError,
-)
+from wherry.core.errors import Aborted, NotFound, OutOfRange, WherryError
 from wherry.core.reference import DEFAULT_HOST, Reference
 from wherry.registry.hosts import Host
-from wherry.registry.transport import TooBusy, Transport
+from wherry.registry.ranges import Place, Unsupported, in_parallel, read_range
+from wherry.registry.retry import Backoff
+from wherry.registry.transport import Transport
 
-# attempts in a row that bring no byte, before a host is given up
-MAX_ATTEMPTS = 5
-# seconds before the second attempt, doubled for each further one
-FIRST_PAUSE = 0.1
-# seconds that a registry's `Retry-After` may make us wait
-MAX_PAUSE = 20.0
-_RETRIED = (Unavailable, DeadlineExceeded, ResourceExhausted)
+# a connection that brings fewer bytes a second than FAST is helped by others, once it was watched for a while
+# (seconds) and as long as there is enough left (bytes) to be worth it
+FAST = 32 << 20
+WATCHED = 1.0
+WORTH_SHARING = 32 << 20
+# the least size of a piece that `concurrent_layer_fetch_buffer` may ask for (bytes; containerd's)
+MIN_PIECE = 512
+PIECE = 4 << 20
 
 
 class Fetcher:
-    """Fetches content of one repository; any number of fetches at once."""
+    """Fetches content of one repository; any number of fetches at once.
 
-    def __init__(self, transport: Transport, hosts: list[Host], reference: Reference) -> None:
+    `piece` (bytes) has everything larger fetched in pieces of that size by several connections at once; with 0 that is
+    done for what comes slowly.
+    """
+
+    def __init__(self, transport: Transport, hosts: list[Host], reference: Reference, piece: int = 0) -> None:
         self._transport = transport
         self._hosts = hosts
         self._reference = reference
+        self._piece = piece
+        self._served: dict[str, Host] = {}
+        self._distrusted: set[tuple[str, Host]] = set()
 
-    async def fetch(self, descriptor: Descriptor, offset: int = 0) -> AsyncIterator[bytes]:
+    async def fetch(self, descriptor: Descriptor, offset: int = 0) -> AsyncGenerator[bytes, None]:
         """The content from `offset` (bytes) on, in chunks of whatever size the network gives.
 
         A cut connection is taken up again by a range request. Raises NotFound (`DIGEST: not found`) where no host has
@@ -56,101 +58,113 @@ class Fetcher:
         if descriptor.data is not None and len(descriptor.data) == descriptor.size:
             yield descriptor.data[offset:]
             return
-        state = _Progress(descriptor, offset)
+        state = _Progress(offset)
         failure: WherryError | None = None
-        for host, url in self._places(descriptor):
+        failed: Host | None = None
+        places = self._places(descriptor)
+        for number, place in enumerate(places):
+            if place.host == failed:
+                continue
+            others = any(other.host != place.host for other in places[number + 1 :])
+            self._served[descriptor.digest] = place.host
             try:
-                async for chunk in self._from(host, url, state):
-                    yield chunk
+                async with aclosing(self._from(place, descriptor, state, others=others)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
                 return
             except NotFound:
                 continue
             except WherryError as error:
-                failure = failure or error
+                failure, failed = failure or error, place.host
         if failure is not None:
             raise failure
         raise NotFound(f"{descriptor.digest}: not found")
 
-    def _places(self, descriptor: Descriptor) -> list[tuple[Host, str]]:
+    def distrust(self, descriptor: Descriptor) -> bool:
+        """What came for a descriptor wasn't its content: its host isn't asked for it again. Whether another one is."""
+        host = self._served.get(descriptor.digest)
+        if host is None or not host.netloc:
+            return False
+        self._distrusted.add((descriptor.digest, host))
+        return any(place.host.netloc for place in self._places(descriptor))
+
+    def _places(self, descriptor: Descriptor) -> list[Place]:
         """Where to look, in order."""
         kinds = ["blobs", "manifests"]
         if mediatypes.is_index(descriptor.media_type) or mediatypes.is_manifest(descriptor.media_type):
             kinds.reverse()
         home = "registry-1.docker.io" if self._reference.host == DEFAULT_HOST else self._reference.host
+        name, path = self._reference.host, self._reference.path
+        scope = f"repository:{path}:pull"
         places = []
         for host in self._hosts:
+            if (descriptor.digest, host) in self._distrusted:
+                continue
             # a mirror is told whose content is asked for
-            query = "" if host.netloc == home else f"?ns={self._reference.host}"
-            places += [(host, f"/{self._reference.path}/{kind}/{descriptor.digest}{query}") for kind in kinds]
+            query = "" if host.netloc == home else f"?ns={name}"
+            places += [
+                Place(self._transport, host, f"/{path}/{kind}/{descriptor.digest}{query}", name, scope)
+                for kind in kinds
+            ]
         # a layer that registries may not keep names where it is
-        foreign = [(Host("https", ""), url) for url in descriptor.urls if url.startswith(("http://", "https://"))]
-        return places + foreign
+        foreign = [url for url in descriptor.urls if url.startswith(("http://", "https://"))]
+        return places + [Place(self._transport, Host("https", ""), url, "", scope) for url in foreign]
 
-    async def _from(self, host: Host, url: str, state: _Progress) -> AsyncIterator[bytes]:
+    async def _from(
+        self, place: Place, descriptor: Descriptor, state: _Progress, *, others: bool
+    ) -> AsyncGenerator[bytes, None]:
         """All the rest from one place, over as many connections as it takes."""
-        attempts = 0
-        while True:
+        backoff = Backoff(others=others)
+        parallel = MIN_PIECE <= self._piece < descriptor.size
+        while state.offset < descriptor.size or not descriptor.size:
             before = state.offset
             try:
-                async for chunk in self._once(host, url, state):
-                    yield chunk
+                read = self._several if parallel else self._one
+                async with aclosing(read(place, descriptor, state)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
                 return
-            except _RETRIED as error:
-                attempts = 1 if state.offset > before else attempts + 1
-                if attempts >= MAX_ATTEMPTS:
-                    raise
-                pause = FIRST_PAUSE * 2 ** (attempts - 1) * random.uniform(0.7, 1.3)  # noqa: S311 - no secret
-                wanted = error.retry_after if isinstance(error, TooBusy) else 0.0
-                await asyncio.sleep(min(max(pause, wanted), MAX_PAUSE))
+            except _SlowlyError:
+                parallel = True
+            except Unsupported:
+                parallel, self._piece = False, -1
+            except WherryError as error:
+                if state.offset > before:
+                    backoff.moved()
+                await backoff.wait(error)
 
-    async def _once(self, host: Host, url: str, state: _Progress) -> AsyncIterator[bytes]:
+    async def _one(self, place: Place, descriptor: Descriptor, state: _Progress) -> AsyncGenerator[bytes, None]:
         """What one connection brings. Raises Unavailable where it ends too early."""
-        descriptor = state.descriptor
-        if state.offset and state.offset == descriptor.size:
-            return
-        headers = {"Accept": f"{descriptor.media_type}, */*" if descriptor.media_type else "*/*"}
-        if state.offset:
-            headers["Range"] = f"bytes={state.offset}-"
-        async with self._transport.request(
-            "GET",
-            host,
-            url,
-            name=self._reference.host if host.netloc else "",
-            scope=f"repository:{self._reference.path}:pull",
-            headers=headers,
-            expect=frozenset({200, 206}),
-        ) as response:
-            skip = _to_skip(response, state.offset)
-            try:
-                async for received in response.content.iter_any():
-                    chunk = received
-                    if skip:
-                        skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
-                        if not chunk:
-                            continue
-                    if state.offset + len(chunk) > descriptor.size:
-                        raise Aborted(f"{descriptor.digest}: more than its {descriptor.size} bytes came: aborted")
-                    state.offset += len(chunk)
-                    yield chunk
-            except (aiohttp.ClientError, OSError) as error:
-                raise Unavailable(f"{descriptor.digest}: connection to {host.netloc} was cut: {error}") from error
-        if state.offset < descriptor.size:
-            raise Unavailable(f"{descriptor.digest}: ended after {state.offset} of {descriptor.size} bytes")
+        began, first = time.monotonic(), state.offset
+        may_share = self._piece == 0
+        async with aclosing(read_range(place, descriptor, state.offset)) as chunks:
+            async for chunk in chunks:
+                if state.offset + len(chunk) > descriptor.size:
+                    raise Aborted(f"{descriptor.digest}: more than its {descriptor.size} bytes came: aborted")
+                state.offset += len(chunk)
+                yield chunk
+                passed = time.monotonic() - began
+                if not may_share or passed < WATCHED:
+                    continue
+                may_share = False
+                if state.offset - first < FAST * passed and descriptor.size - state.offset >= WORTH_SHARING:
+                    raise _SlowlyError
+
+    async def _several(self, place: Place, descriptor: Descriptor, state: _Progress) -> AsyncGenerator[bytes, None]:
+        """The rest by several connections at once."""
+        size = self._piece if self._piece >= MIN_PIECE else PIECE
+        async with aclosing(in_parallel(place, descriptor, state.offset, size)) as chunks:
+            async for chunk in chunks:
+                state.offset += len(chunk)
+                yield chunk
 
 
+class _SlowlyError(Exception):
+    """One connection alone doesn't bring much."""
+
+
+@dataclass(slots=True)
 class _Progress:
     """How far the fetch of a descriptor has come, over all attempts."""
 
-    def __init__(self, descriptor: Descriptor, offset: int) -> None:
-        self.descriptor = descriptor
-        self.offset = offset
-
-
-def _to_skip(response: aiohttp.ClientResponse, offset: int) -> int:
-    """How many bytes of the body are there already: none where the range was honoured."""
-    if response.status == 200:
-        return offset
-    stated = response.headers.get("Content-Range", "")
-    if offset and not stated.startswith(f"bytes {offset}-"):
-        raise Aborted(f"{response.url}: asked for bytes from {offset} on, got {stated!r}: aborted")
-    return 0
+    offset: int

@@ -51,6 +51,8 @@ class Host:
     headers: Mapping[str, str] = field(default_factory=dict, hash=False)
     dial_seconds: float = DIAL_SECONDS
     proxy: str = ""
+    # https is tried first and http is right, too, where nobody speaks TLS there
+    plain_ok: bool = False
 
     @property
     def root(self) -> str:
@@ -70,8 +72,21 @@ def hosts_for(name: str, *, config_dir: str = "", default_scheme: str = "") -> l
         found = _folder(folder, name)
         if found is not None:
             file = os.path.join(found, "hosts.toml")
-            return _parse_file(file, found, default) if os.path.isfile(file) else [_with_certificates(default, found)]
+            hosts = _parse_file(file, found, default) if os.path.isfile(file) else [_with_certificates(default, found)]
+            return [_either(host) for host in hosts]
     return [default]
+
+
+def _either(host: Host) -> Host:
+    """A plain host that TLS was configured for: which of both it is, its port doesn't tell (containerd's rule)."""
+    if host.scheme == "http" and (host.ca or host.client or host.skip_verify) and _port(host.netloc) not in {"", "80"}:
+        return replace(host, scheme="https", plain_ok=True)
+    return host
+
+
+def _port(netloc: str) -> str:
+    match = re.search(r":(\d+)$", netloc)
+    return match[1] if match else ""
 
 
 def netloc_of(name: str) -> str:
@@ -80,17 +95,21 @@ def netloc_of(name: str) -> str:
 
 
 def is_local(netloc: str) -> bool:
-    """A loopback address, which nobody else can listen in on: plain http is tried there by default."""
-    host = netloc.rpartition(":")[0] if re.search(r":\d+$", netloc) else netloc
+    """A loopback address, which nobody else can listen in on: plain http will do there."""
+    host = netloc.rpartition(":")[0] if _port(netloc) else netloc
     return host in {"localhost", "[::1]", "::1"} or re.fullmatch(r"127\.\d+\.\d+\.\d+", host) is not None
 
 
 def _default(name: str, scheme: str) -> Host:
     if name == DEFAULT_HOST:
         return Host("https", netloc_of(name))
-    if not scheme:
-        scheme = "http" if is_local(name) and not name.endswith(":443") else "https"
-    return Host(scheme, name)
+    if scheme or not is_local(name):
+        return Host(scheme or "https", name)
+    # as containerd: TLS without a look at the certificate, and where there is none, plain
+    port = _port(name)
+    if port == "80":
+        return Host("http", name)
+    return Host("https", name, skip_verify=True, plain_ok=port not in {"", "443"})
 
 
 def _folder(root: str, name: str) -> str | None:
@@ -110,7 +129,7 @@ def _with_certificates(host: Host, folder: str) -> Host:
                 raise InvalidArgument(f"{folder}: {file} has no {key} beside it: invalid argument")
             client.append((os.path.join(folder, file), os.path.join(folder, key)))
     ca = tuple(os.path.join(folder, file) for file in files if file.endswith(".crt"))
-    return replace(host, ca=ca, client=tuple(client))
+    return replace(host, ca=ca, client=tuple(client), skip_verify=host.skip_verify and not ca)
 
 
 def _parse_file(path: str, folder: str, default: Host) -> list[Host]:
@@ -136,14 +155,18 @@ def _parse_file(path: str, folder: str, default: Host) -> list[Host]:
 def _read(path: str, folder: str, address: str, table: Mapping[str, Any], default: Host) -> Host:
     """One host's keys; without an address, those of the registry itself."""
     where = f"{path}: {address or 'server'}"
-    host = _address(where, address, table.get("override_path") is True) if address else default
+    host = _address(where, address, _flag(where, table, "override_path")) if address else default
+    headers = table.get("header") or {}
+    if not isinstance(headers, dict):
+        raise InvalidArgument(f"{where}: header is no table: invalid argument")
+    ca = tuple(os.path.join(folder, item) for item in _strings(where, "ca", table.get("ca")))
     return replace(
         host,
         capabilities=_capabilities(where, table.get("capabilities")),
-        ca=tuple(os.path.join(folder, item) for item in _strings(where, "ca", table.get("ca"))),
+        ca=ca,
         client=_client(where, folder, table.get("client")),
-        skip_verify=table.get("skip_verify") is True,
-        headers={key: ", ".join(_strings(where, key, value)) for key, value in (table.get("header") or {}).items()},
+        skip_verify=_flag(where, table, "skip_verify", default=host.skip_verify and not ca),
+        headers={key: ", ".join(_strings(where, key, value)) for key, value in headers.items()},
         dial_seconds=_seconds(where, table.get("dial_timeout")),
         proxy=str(table.get("proxy") or ""),
     )
@@ -158,6 +181,13 @@ def _address(where: str, address: str, override_path: bool) -> Host:
         path += "/v2"
     netloc = DOCKER_REGISTRY if parts.netloc == DEFAULT_HOST else parts.netloc
     return Host(parts.scheme, netloc, path)
+
+
+def _flag(where: str, table: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    value = table.get(key, default)
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{where}: {key} is neither true nor false: invalid argument")
+    return value
 
 
 def _strings(where: str, key: str, value: object) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from functools import partial
+from typing import Self, TypedDict
+from urllib.parse import urljoin, urlsplit
 
 from wherry.core import mediatypes, reference
 from wherry.core.descriptor import Descriptor
@@ -21,7 +25,8 @@ from wherry.registry.credentials import Credentials, anonymous
 from wherry.registry.fetcher import Fetcher
 from wherry.registry.hosts import Capability, Host, hosts_for
 from wherry.registry.pusher import Pusher
-from wherry.registry.transport import Transport
+from wherry.registry.retry import retried
+from wherry.registry.transport import Transport, read_all
 
 # bytes of a manifest that is read to learn its digest (the distribution specification's limit)
 MAX_MANIFEST = 4 << 20
@@ -35,6 +40,18 @@ ACCEPT = ", ".join(
         "*/*",
     )
 )
+
+# names of one repository that are listed, and requests that it may take
+MAX_TAGS = 100_000
+MAX_PAGES = 1000
+
+
+class _Common(TypedDict):
+    name: str
+    scope: str
+    headers: dict[str, str]
+    expect: frozenset[int]
+
 
 FindHosts = Callable[[str], Sequence[Host]]
 
@@ -50,8 +67,11 @@ class Resolver:
         hosts: FindHosts = hosts_for,
         credentials: Credentials = anonymous,
         headers: Mapping[str, str] | None = None,
+        piece: int = 0,
     ) -> None:
+        """`piece` is the fetchers': see there."""
         self._hosts = hosts
+        self._piece = piece
         self._transport = Transport(credentials, headers)
 
     async def __aenter__(self) -> Self:
@@ -74,10 +94,11 @@ class Resolver:
         wanted = Capability.PULL if parsed.digest else Capability.PULL | Capability.RESOLVE
         hosts = self._capable(parsed, wanted)
         failure: WherryError | None = None
-        for host in hosts:
+        for number, host in enumerate(hosts):
+            others = number + 1 < len(hosts)
             for kind in ("manifests", "blobs") if parsed.digest else ("manifests",):
                 try:
-                    return ref, await self._ask(host, parsed, kind)
+                    return ref, await retried(partial(self._ask, host, parsed, kind), others=others)
                 except NotFound as error:
                     failure = failure or error
                 except WherryError as error:
@@ -91,7 +112,53 @@ class Resolver:
     def fetcher(self, ref: str) -> Fetcher:
         """What fetches content of a reference's repository."""
         parsed = _parse(ref)
-        return Fetcher(self._transport, self._capable(parsed, Capability.PULL), parsed)
+        return Fetcher(self._transport, self._capable(parsed, Capability.PULL), parsed, self._piece)
+
+    async def tags(self, repository: str, limit: int = MAX_TAGS) -> list[str]:
+        """The tags of a repository (`host/path`), in the order of the registry (the specification wants it lexical).
+
+        Raises NotFound (`REPOSITORY: not found`), ResourceExhausted for more than `limit`, else as `resolve`.
+        """
+        parsed = reference.parse(repository)
+        failure: WherryError | None = None
+        hosts = self._capable(parsed, Capability.PULL | Capability.RESOLVE)
+        for number, host in enumerate(hosts):
+            try:
+                return await self._all_tags(host, parsed, limit, others=number + 1 < len(hosts))
+            except WherryError as error:
+                failure = error if failure is None or isinstance(failure, NotFound) else failure
+        if failure is None or isinstance(failure, NotFound):
+            raise NotFound(f"{parsed.name}: not found")
+        raise failure
+
+    async def _all_tags(self, host: Host, parsed: Reference, limit: int, *, others: bool) -> list[str]:
+        """All pages of a host's list (distribution-spec, listing tags)."""
+        found: list[str] = []
+        url = f"/{parsed.path}/tags/list{query(host, parsed)}"
+        for _ in range(MAX_PAGES):
+            document, link = await retried(partial(self._tag_page, host, parsed, url), others=others)
+            names = document.get("tags") or []
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise InvalidArgument(f"{host.netloc}: its list of tags is none: invalid argument")
+            found += names
+            if len(found) > limit:
+                raise ResourceExhausted(f"{parsed.name} has more than {limit} tags: resource exhausted")
+            if not link or not names:
+                return found
+            following = urlsplit(urljoin(host.root + url, link))
+            if following.netloc != host.netloc or not following.path.startswith(f"{host.path}/"):
+                raise InvalidArgument(f"{host.netloc}: the next page of tags is elsewhere: invalid argument")
+            url = following.path.removeprefix(host.path) + (f"?{following.query}" if following.query else "")
+        raise ResourceExhausted(f"{parsed.name}: more than {MAX_PAGES} pages of tags: resource exhausted")
+
+    async def _tag_page(self, host: Host, parsed: Reference, url: str) -> tuple[dict[str, object], str]:
+        async with self._transport.request("GET", host, url, **_common(parsed)) as response:
+            document = _object(await read_all(response, MAX_MANIFEST))
+            link = response.headers.get("Link", "")
+        if document is None:
+            raise InvalidArgument(f"{host.netloc}: its list of tags is no JSON object: invalid argument")
+        match = re.match(r"\s*<([^>]*)>", link) if "next" in link else None
+        return document, match[1] if match else ""
 
     def pusher(self, ref: str) -> Pusher:
         """What pushes content to a reference's repository."""
@@ -108,33 +175,65 @@ class Resolver:
     async def _ask(self, host: Host, parsed: Reference, kind: str) -> Descriptor:
         """HEAD, and where that doesn't tell enough, GET."""
         url = f"/{parsed.path}/{kind}/{parsed.object}{query(host, parsed)}"
-        scope = f"repository:{parsed.path}:pull"
-        common = {"name": parsed.host, "scope": scope, "headers": {"Accept": ACCEPT}, "expect": frozenset({200})}
         try:
-            async with self._transport.request("HEAD", host, url, **common) as response:  # type: ignore[arg-type]
-                stated = response.headers.get("Docker-Content-Digest", "")
-                media_type = mediatypes.bare(response.headers.get("Content-Type", ""))
-                length = response.headers.get("Content-Length", "")
-                digest = parsed.digest or (Digest.parse(stated) if stated else None)
-                if digest is not None and media_type and length.isdigit():
-                    return Descriptor(media_type, digest, int(length))
+            found = await self._head(host, parsed, url)
         except NotFound:
             raise
         except WherryError as error:
             # some registries don't do HEAD: what GET says is what counts
             if error.code not in {InvalidArgument.code, WherryError.code}:
                 raise
-        async with self._transport.request("GET", host, url, **common) as response:  # type: ignore[arg-type]
-            data = await response.content.read(MAX_MANIFEST + 1)
-            while len(data) <= MAX_MANIFEST and (more := await response.content.read(MAX_MANIFEST + 1 - len(data))):
-                data += more
+            found = None
+        return found or (await self._get(host, parsed, url))[0]
+
+    async def _head(self, host: Host, parsed: Reference, url: str) -> Descriptor | None:
+        """What HEAD says; None where that isn't enough."""
+        async with self._transport.request("HEAD", host, url, **_common(parsed)) as response:
+            stated = response.headers.get("Docker-Content-Digest", "")
+            media_type = mediatypes.bare(response.headers.get("Content-Type", ""))
+            length = response.headers.get("Content-Length", "")
+        if not stated and not parsed.digest:
+            return None
+        digest = parsed.digest or Digest.parse(stated)
+        if stated and stated != digest and stated.partition(":")[0] == digest.algorithm:
+            raise Aborted(f"{host.netloc} answered for {parsed.digest} with {stated[:100]!r}: aborted")
+        if not media_type or media_type.startswith("text/") or not length.isdigit():
+            return None
+        return Descriptor(media_type, digest, int(length))
+
+    async def _get(self, host: Host, parsed: Reference, url: str) -> tuple[Descriptor, bytes]:
+        """A manifest whole. Raises InvalidArgument for what is none, Aborted for another than the one asked for."""
+        async with self._transport.request("GET", host, url, **_common(parsed)) as response:
             media_type = mediatypes.bare(response.headers.get("Content-Type", "")) or mediatypes.OCTET_STREAM
-        if len(data) > MAX_MANIFEST:
-            raise ResourceExhausted(f"manifest of {parsed} is larger than {MAX_MANIFEST} bytes")
+            data = await read_all(response, MAX_MANIFEST)
         digest = Digest.of(data, parsed.digest.algorithm if parsed.digest else "sha256")
         if parsed.digest and digest != parsed.digest:
-            raise Aborted(f"{host.netloc} answered for {parsed.digest} with content of {digest}")
-        return Descriptor(media_type, digest, len(data))
+            raise Aborted(f"{host.netloc} answered for {parsed.digest} with content of {digest}: aborted")
+        # whatever its type is, a manifest is a JSON object; a login page isn't
+        document = _object(data)
+        if document is None:
+            raise InvalidArgument(f"{host.netloc} answered for {parsed} with {media_type} that is no manifest")
+        if media_type.startswith("text/") or media_type in {mediatypes.OCTET_STREAM, "application/json"}:
+            media_type = str(document.get("mediaType") or media_type)
+        return Descriptor(media_type, digest, len(data)), data
+
+
+def _common(parsed: Reference) -> _Common:
+    """What all questions about a reference have in common."""
+    return {
+        "name": parsed.host,
+        "scope": f"repository:{parsed.path}:pull",
+        "headers": {"Accept": ACCEPT},
+        "expect": frozenset({200}),
+    }
+
+
+def _object(data: bytes) -> dict[str, object] | None:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def query(host: Host, parsed: Reference) -> str:

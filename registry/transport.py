@@ -7,6 +7,7 @@ import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 from urllib.parse import urljoin, urlsplit
 
@@ -17,6 +18,7 @@ from wherry.core.errors import (
     DeadlineExceeded,
     InvalidArgument,
     NotFound,
+    OutOfRange,
     PermissionDenied,
     ResourceExhausted,
     Unauthenticated,
@@ -25,11 +27,15 @@ from wherry.core.errors import (
 )
 from wherry.registry.auth import Authorizer
 from wherry.registry.credentials import Credentials, anonymous
-from wherry.registry.hosts import Host, netloc_of
+from wherry.registry.hosts import Host, is_local, netloc_of
+from wherry.registry.retry import Hopeless, NoConnection, TooBusy, retried, seconds_of
+from wherry.registry.tls import context_for
 
 MAX_REDIRECTS = 10
 # seconds without a byte after which a peer counts as gone
 IDLE_SECONDS = 60.0
+# seconds until the head of an answer must have come, where nothing but the request was sent
+HEAD_SECONDS = 120.0
 # bytes of an error's body or a token's answer that are read
 MAX_ANSWER = 1 << 20
 # bytes that aiohttp reads ahead for each body
@@ -39,23 +45,20 @@ USER_AGENT = "wherry/0.1"
 Body = bytes | AsyncIterator[bytes] | None
 
 
-class TooBusy(ResourceExhausted):
-    """The registry wants to be asked again after some seconds."""
-
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 class Transport:
-    """All connections of one pull or push. Close it in the end."""
+    """All connections of one pull or push. Close it in the end.
+
+    `headers` go to the registries that are named, and never further by a redirect.
+    """
 
     def __init__(self, credentials: Credentials = anonymous, headers: Mapping[str, str] | None = None) -> None:
         self._credentials = credentials
-        self._headers = {"User-Agent": USER_AGENT, **(headers or {})}
+        self._headers = dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
         self._authorizers: dict[tuple[str, str], Authorizer] = {}
-        self._contexts: dict[Host, ssl.SSLContext | bool] = {}
+        self._contexts: dict[tuple[Host, bool], ssl.SSLContext | bool] = {}
+        # hosts that turned out to speak no TLS, where either was possible
+        self._plain: set[str] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -84,24 +87,33 @@ class Transport:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Do one request; the response is open inside of the `with`.
 
-        `url` is absolute or the path behind the host's root; `name` is the registry's, for credentials. `body` makes
-        the body, again for every attempt. A status outside of `expect` raises as `status_error`; connection troubles
-        raise Unavailable, DeadlineExceeded.
+        `url` is absolute or the path behind the host's root; `name` is the registry's, for credentials. `scope` is what
+        a token must be good for, several with spaces between them. `body` makes the body, again for every attempt. A
+        status outside of `expect` raises as `status_error`; connection troubles raise Unavailable, DeadlineExceeded.
         """
-        target = url if "://" in url else host.root + url
+        host = self._settled(host)
         authorizer = self._authorizer(name, host)
-        # what goes to the registry stays with it: neither configured headers nor authorization follow a redirect
-        private = {**host.headers}
         attempts = 0
         authorization = await authorizer.header(scope)
         response: aiohttp.ClientResponse | None = None
+        target = url
         try:
             while True:
                 attempts += 1
-                response = await self._follow(
-                    method, host, target, {**(headers or {}), **private}, authorization=authorization, body=body
-                )
-                if response.status != 401 or attempts > 2 or 401 in expect:
+                target = url if "://" in url else host.root + url
+                try:
+                    response = await self._follow(
+                        method, host, target, headers or {}, authorization=authorization, body=body
+                    )
+                except aiohttp.ClientConnectorError as error:
+                    refused = isinstance(error.os_error, ConnectionRefusedError)
+                    speaks_tls = isinstance(error, aiohttp.ClientConnectorCertificateError)
+                    if not host.plain_ok or host.netloc in self._plain or refused or speaks_tls:
+                        raise
+                    self._plain.add(host.netloc)
+                    host = self._settled(host)
+                    continue
+                if response.status != 401 or attempts > 3 or 401 in expect:
                     break
                 challenges = response.headers.getall("WWW-Authenticate", [])
                 detail = await _detail(response)
@@ -119,51 +131,77 @@ class Transport:
             if response is not None:
                 response.release()
 
+    def _settled(self, host: Host) -> Host:
+        return replace(host, scheme="http") if host.plain_ok and host.netloc in self._plain else host
+
     async def _follow(
         self,
         method: str,
         host: Host,
         url: str,
-        headers: dict[str, str],
+        headers: Mapping[str, str],
         *,
         authorization: str | None,
         body: Callable[[], Body] | None,
     ) -> aiohttp.ClientResponse:
-        """Send, and follow redirects; what is private goes only to the host that was meant."""
+        """Send, and follow redirects; what is private goes only to the host that was meant.
+
+        Private are the authorization, the configured headers and the client's certificate. A body is sent again.
+        """
         seen = 0
         while True:
             parts = urlsplit(url)
-            at_home = (parts.scheme, parts.netloc) == (host.scheme, host.netloc)
-            sent = dict(headers) if at_home else {k: v for k, v in headers.items() if k not in host.headers}
-            if at_home and authorization is not None:
-                sent["Authorization"] = authorization
-            response = await self._open().request(
-                method,
-                URL(url, encoded=True),
-                headers=sent,
-                data=body() if body is not None else None,
-                allow_redirects=False,
-                ssl=self._context(host) if at_home else True,
-                proxy=(host.proxy or None) if at_home else None,
-                timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=host.dial_seconds, sock_read=IDLE_SECONDS, connect=None
-                ),
-            )
+            at_home = bool(host.netloc) and (parts.scheme, parts.netloc) == (host.scheme, host.netloc)
+            sent = dict(headers)
+            if at_home:
+                sent = {**self._headers, **sent, **host.headers}
+                if authorization is not None:
+                    sent["Authorization"] = authorization
+            response = await self._send(method, host, url, sent, body, at_home=at_home)
             if response.status not in {301, 302, 303, 307, 308} or "Location" not in response.headers:
                 return response
             location = urljoin(url, response.headers["Location"])
             response.release()
             seen += 1
-            if seen > MAX_REDIRECTS or urlsplit(location).scheme not in {"http", "https"}:
-                raise Unavailable(f"{method} {url}: redirected too often or to no web address")
+            if seen > MAX_REDIRECTS:
+                raise Hopeless(f"{method} {url}: redirected more than {MAX_REDIRECTS} times")
+            if urlsplit(location).scheme not in {"http", "https"} or not urlsplit(location).netloc:
+                raise Hopeless(f"{method} {url}: redirected to {location[:200]!r}, which is no web address")
             if parts.scheme == "https" and urlsplit(location).scheme == "http":
-                raise Unavailable(f"{method} {url}: redirected from https to http, which isn't followed")
+                raise Hopeless(f"{method} {url}: redirected from https to http, which isn't followed")
+            if response.status == 303 and method != "HEAD":
+                method, body = "GET", None
             url = location
+
+    async def _send(
+        self,
+        method: str,
+        host: Host,
+        url: str,
+        headers: Mapping[str, str],
+        body: Callable[[], Body] | None,
+        *,
+        at_home: bool,
+    ) -> aiohttp.ClientResponse:
+        # a body takes the time that it takes; an answer to a mere question may not trickle in for ever
+        async with asyncio.timeout(None if body is not None else HEAD_SECONDS):
+            return await self._open().request(
+                method,
+                URL(url, encoded=True),
+                headers=headers,
+                data=body() if body is not None else None,
+                allow_redirects=False,
+                ssl=self._context(host, at_home=at_home),
+                proxy=host.proxy or None,
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=host.dial_seconds, sock_read=IDLE_SECONDS, connect=None
+                ),
+            )
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                headers=self._headers,
+                headers={"User-Agent": USER_AGENT},
                 # blobs are what they are: their compression is theirs
                 auto_decompress=False,
                 skip_auto_headers=("Accept-Encoding",),
@@ -178,7 +216,7 @@ class Transport:
         if key not in self._authorizers:
 
             async def fetch(realm: str, fields: Mapping[str, Any], headers: Mapping[str, str], post: bool) -> Any:
-                return await self._token(host, realm, fields, headers, post=post)
+                return await retried(lambda: self._token(host, realm, fields, headers, post=post))
 
             # a mirror is its own registry: the user's password for the upstream isn't its business
             own = name if host.netloc == netloc_of(name) else host.netloc
@@ -189,20 +227,27 @@ class Transport:
     async def _token(
         self, host: Host, realm: str, fields: Mapping[str, Any], headers: Mapping[str, str], *, post: bool
     ) -> Any:
-        """Ask an authorization server."""
+        """Ask an authorization server. It is no registry: nobody is sent on from there with a password in the hand."""
+        parts = urlsplit(realm)
+        secret = post or "Authorization" in headers
+        if secret and parts.scheme == "http" and host.scheme == "https" and not is_local(parts.netloc):
+            raise Unauthenticated(
+                f"{host.netloc}: its authorization server {parts.netloc} has no TLS, and is told no password"
+            )
         pairs = [
             (key, item) for key, value in fields.items() for item in (value if isinstance(value, list) else [value])
         ]
-        same = urlsplit(realm).netloc == host.netloc
+        method = "POST" if post else "GET"
         try:
             async with self._open().request(
-                "POST" if post else "GET",
+                method,
                 realm,
                 params=None if post else pairs,
                 data=pairs if post else None,
                 headers=headers,
-                allow_redirects=True,
-                ssl=self._context(host) if same or host.skip_verify else True,
+                allow_redirects=not secret,
+                ssl=self._context(host, at_home=parts.netloc == host.netloc),
+                proxy=host.proxy or None,
                 timeout=aiohttp.ClientTimeout(total=IDLE_SECONDS, sock_connect=host.dial_seconds),
             ) as response:
                 if response.status in {400, 401, 403}:
@@ -212,44 +257,35 @@ class Transport:
                     )
                 if response.status != 200:
                     raise await status_error(response, response.method)
-                data = await response.content.read(MAX_ANSWER)
+                data = await read_all(response, MAX_ANSWER)
         except (aiohttp.ClientError, OSError) as error:
-            raise _connection_error("GET", realm, error) from error
+            raise _connection_error(method, realm, error) from error
         try:
             return json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Unauthenticated(f"failed to authorize: the answer of {realm} is not JSON") from error
 
-    def _context(self, host: Host) -> ssl.SSLContext | bool:
-        """The TLS settings of a host: True is the system's."""
-        if host not in self._contexts:
-            self._contexts[host] = _make_context(host)
-        return self._contexts[host]
+    def _context(self, host: Host, *, at_home: bool) -> ssl.SSLContext | bool:
+        if (host, at_home) not in self._contexts:
+            self._contexts[host, at_home] = context_for(host, at_home=at_home)
+        return self._contexts[host, at_home]
 
 
-def _make_context(host: Host) -> ssl.SSLContext | bool:
-    if host.scheme != "https":
-        return True
-    if not (host.ca or host.client or host.skip_verify):
-        return True
-    context = ssl.create_default_context()
-    try:
-        for path in host.ca:
-            context.load_verify_locations(path)
-        for certificate, key in host.client:
-            context.load_cert_chain(certificate, key or None)
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidArgument(f"certificates of {host.netloc}: {error}: invalid argument") from error
-    if host.skip_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+async def read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """A small body whole, within `HEAD_SECONDS`. Raises ResourceExhausted above `limit` bytes."""
+    data = bytearray()
+    async with asyncio.timeout(HEAD_SECONDS):
+        while piece := await response.content.read(limit + 1 - len(data)):
+            data += piece
+            if len(data) > limit:
+                raise ResourceExhausted(f"{response.url}: the answer is larger than {limit} bytes: resource exhausted")
+    return bytes(data)
 
 
 async def _detail(response: aiohttp.ClientResponse) -> str:
     """What a registry says about an error (the specification's error body), to put behind a message."""
-    with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError, UnicodeDecodeError):
-        data = json.loads(await response.content.read(MAX_ANSWER))
+    with contextlib.suppress(aiohttp.ClientError, OSError, WherryError, ValueError, RecursionError):
+        data = json.loads(await read_all(response, MAX_ANSWER))
         errors = data.get("errors") if isinstance(data, dict) else None
         if isinstance(errors, list):
             texts = [f"{e.get('code', '')}: {e.get('message', '')}" for e in errors if isinstance(e, dict)]
@@ -261,16 +297,16 @@ async def status_error(response: aiohttp.ClientResponse, method: str) -> WherryE
     """The error for a status that wasn't expected, with the registry's own words."""
     text = f"unexpected status from {method} request to {response.url}: {response.status} {response.reason}"
     text += await _detail(response)
+    if response.status in {429, 503}:
+        return TooBusy(text, seconds_of(response.headers.get("Retry-After", "")))
     kinds: dict[int, type[WherryError]] = {
         400: InvalidArgument,
         401: Unauthenticated,
         403: PermissionDenied,
         404: NotFound,
-        429: ResourceExhausted,
+        408: Unavailable,
+        416: OutOfRange,
     }
-    retry_after = response.headers.get("Retry-After", "")
-    if response.status in {429, 503} and retry_after.isdigit():
-        return TooBusy(text, float(retry_after))
     kind = kinds.get(response.status, Unavailable if response.status >= 500 else WherryError)
     return kind(f"{text}: not found" if kind is NotFound else text)
 
@@ -278,4 +314,9 @@ async def status_error(response: aiohttp.ClientResponse, method: str) -> WherryE
 def _connection_error(method: str, url: str, error: Exception) -> WherryError:
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return DeadlineExceeded(f"{method} {url}: no answer in time")
-    return Unavailable(f"failed to do request: {method} {url}: {error or type(error).__name__}")
+    text = f"failed to do request: {method} {url}: {str(error)[:500] or type(error).__name__}"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
+        return Hopeless(text)
+    if isinstance(error, aiohttp.InvalidURL | ValueError):
+        return Hopeless(text)
+    return (NoConnection if isinstance(error, aiohttp.ClientConnectorError) else Unavailable)(text)

@@ -7,8 +7,6 @@ import contextlib
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -48,16 +46,17 @@ def locked_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def running_registry(folder: Path, more: str = "") -> Iterator[str]:
-    """A docker-registry on a folder, with `more` in its configuration."""
+def running_registry(folder: Path, more: str = "", *, name: str = "127.0.0.1", http: str = "") -> Iterator[str]:
+    """A docker-registry on a folder, with `more` in its configuration and `http` in that of its door."""
     binary = need("docker-registry")
-    address = f"127.0.0.1:{free_port()}"
+    port = free_port()
+    address = f"{name}:{port}"
     config = folder / "registry.yml"
     config.write_text(
         f"""version: 0.1
 log: {{level: error}}
 storage: {{cache: {{blobdescriptor: inmemory}}, filesystem: {{rootdirectory: {folder / "data"}}}}}
-http: {{addr: "{address}"}}
+http: {{addr: "127.0.0.1:{port}"{http}}}
 {more}"""
     )
     with (folder / "log").open("wb") as log:
@@ -66,15 +65,12 @@ http: {{addr: "{address}"}}
         deadline = time.monotonic() + 20
         while True:
             try:
-                urllib.request.urlopen(f"http://{address}/v2/", timeout=1).close()
-                break
-            except urllib.error.HTTPError as error:
-                error.close()
+                socket.create_connection(("127.0.0.1", port), 1).close()
                 break
             except OSError:
                 if time.monotonic() > deadline or process.poll() is not None:
                     pytest.fail(Path(log.name).read_text())
-                time.sleep(0.05)
+                time.sleep(0.02)
         yield address
     finally:
         process.kill()

@@ -24,7 +24,7 @@ from wherry.core.errors import (
     Unauthenticated,
     Unavailable,
 )
-from wherry.registry import fetcher as fetcher_module
+from wherry.registry import retry
 from wherry.registry.credentials import Credential, fixed
 from wherry.registry.hosts import Host, hosts_for
 from wherry.registry.pusher import Pusher
@@ -144,7 +144,7 @@ def resolver_for(server: Server, **options: object) -> Resolver:
 
 
 async def test_a_cut_connection_is_taken_up_where_it_broke(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
 
     async def handler(request: web.Request) -> web.StreamResponse:
         start = int(request.headers.get("Range", "bytes=0-")[6:-1])
@@ -178,7 +178,7 @@ async def test_a_server_without_ranges_is_read_past_what_is_there(serve: Serve) 
 async def test_a_registry_that_is_down_for_a_moment_is_asked_again(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetcher_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if len(server.seen) < 3:
@@ -191,7 +191,7 @@ async def test_a_registry_that_is_down_for_a_moment_is_asked_again(
 
 
 async def test_one_that_stays_down_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetcher_module, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.001)
 
     async def handler(request: web.Request) -> web.StreamResponse:
         return web.Response(status=500, text='{"errors":[{"code":"UNKNOWN","message":"the disk is gone"}]}')
@@ -364,8 +364,10 @@ skip_verify = true
 
 def test_hosts_without_a_file(tmp_path: Path) -> None:
     assert hosts_for("docker.io")[0].root == "https://registry-1.docker.io/v2"
-    assert hosts_for("127.0.0.1:5000")[0].scheme == "http"
-    assert hosts_for("localhost:443")[0].scheme == "https"
+    local = hosts_for("127.0.0.1:5000")[0]
+    assert (local.scheme, local.plain_ok, local.skip_verify) == ("https", True, True)
+    assert not hosts_for("localhost:443")[0].plain_ok
+    assert hosts_for("localhost:80")[0].scheme == "http"
     assert hosts_for("r.example", default_scheme="http")[0].root == "http://r.example/v2"
     folder = tmp_path / "r.example"
     folder.mkdir()
