@@ -15,7 +15,11 @@ Beside containerd's tables there are ours:
       binary = "/usr/sbin/runc"                   # OCI runtime for it, where the container names none
       root = "/run/runc"                          # that runtime's --root
       systemd_cgroup = false
+      runtime_type = ""                           # instead of `shim`: the runtime's name that says which shim it is
       config_path = ""                            # for shims that read a file (gVisor, Kata)
+      pod_annotations = []                        # globs of the pod's annotations that its containers get
+      container_annotations = []                  # globs of a container's annotations that its spec gets
+      [runtimes."io.containerd.runc.v2".options]  # all options, by containerd's names (BinaryName, ConfigPath, …)
 """
 
 from __future__ import annotations
@@ -121,11 +125,12 @@ class Snapshotter:
 
 @dataclass(frozen=True)
 class Overlayfs(Snapshotter):
-    """`io.containerd.snapshotter.v1.overlayfs`: `mount_options` are added to each mount."""
+    """`io.containerd.snapshotter.v1.overlayfs`: `mount_options` are added to each mount; `sync_remove`: a snapshot's
+    files are gone when its removal is answered; `slow_chown`: no idmapped mounts, clients change owners themselves."""
 
     upperdir_label: bool = False
-    sync_remove: bool = field(default=False, metadata=_NO_EFFECT)
-    slow_chown: bool = field(default=False, metadata=_NO_EFFECT)
+    sync_remove: bool = False
+    slow_chown: bool = False
     mount_options: Sequence[str] = ()
 
 
@@ -159,17 +164,17 @@ class MetadataPolicy:
 
 @dataclass(frozen=True)
 class Diff:
-    """`io.containerd.service.v1.diff-service`."""
+    """`io.containerd.service.v1.diff-service`: `sync_fs` syncs each layer, whether its request asks for it or not."""
 
     default: Sequence[str] = field(default=("walking",), metadata=_NO_EFFECT)
-    sync_fs: bool = field(default=False, metadata=_NO_EFFECT)
+    sync_fs: bool = False
 
 
 @dataclass(frozen=True)
 class Walking:
-    """`io.containerd.differ.v1.walking`: a layer is synced where the client's request asks for it (`sync_fs`)."""
+    """`io.containerd.differ.v1.walking`: `sync_fs` as of the diff service."""
 
-    sync_fs: bool = field(default=False, metadata=_NO_EFFECT)
+    sync_fs: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,19 @@ class ProxyPlugin:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """`[limits]`, a table of ours: what an image may be; 0: no limit.
+
+    `layer_bytes` and `layer_entries` are those of one layer's archive, uncompressed; `image_layers` are as many as the
+    kernel lays over each other (fs/overlayfs, OVL_MAX_STACK).
+    """
+
+    layer_bytes: int = 100 << 30
+    layer_entries: int = 5_000_000
+    image_layers: int = 500
+
+
+@dataclass(frozen=True)
 class RuntimeHandler:
     """`[runtimes.NAME]`: see the module's text."""
 
@@ -191,7 +209,11 @@ class RuntimeHandler:
     binary: str = ""
     root: str = ""
     systemd_cgroup: bool = False
+    runtime_type: str = ""
     config_path: str = ""
+    pod_annotations: Sequence[str] = ()
+    container_annotations: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,7 +238,8 @@ class Config:
     ttrpc: Ttrpc = Ttrpc()
     debug: Debug = Debug()
     timeouts: Mapping[str, str] = field(default_factory=dict)
-    proxy_plugins: Mapping[str, ProxyPlugin] = field(default_factory=dict, metadata=_NO_EFFECT)
+    proxy_plugins: Mapping[str, ProxyPlugin] = field(default_factory=dict)
+    limits: Limits = Limits()
     runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
     events: Events = Events()
     gc: Gc = field(default=Gc(), metadata={"plugin": True})
@@ -317,6 +340,9 @@ class _Reader:
                 tables[f"\0{name}"] = table  # apart from a top-level table that happens to have the name
         config: Config = self._build(Config, tables, path, "")
         _check(config, path)
+        for name, proxy in config.proxy_plugins.items():
+            if proxy.type != "snapshot":
+                self._without_effect(path, f'proxy_plugins."{name}"')
         for name, text in config.timeouts.items():
             if name not in TIMEOUTS and text != _IDLE_TIMEOUTS.get(name):
                 self._without_effect(path, f'timeouts."{name}"')
@@ -407,6 +433,10 @@ def _check(config: Config, path: str) -> None:
     if config.metadata.content_sharing_policy not in ("shared", "isolated"):
         at = f'plugins."{_PLUGIN_URIS["metadata"]}".content_sharing_policy'
         raise InvalidArgument(f'config file {path}: {at}: expected "shared" or "isolated"')
+    _check_proxies(config, path)
+    for name, number in dataclasses.asdict(config.limits).items():
+        if number < 0:
+            raise InvalidArgument(f"config file {path}: limits.{name}: expected a number from 0 on")
     durations = {f'timeouts."{name}"': text for name, text in config.timeouts.items()}
     scheduler = f'plugins."{_PLUGIN_URIS["gc"]}"'
     durations[f"{scheduler}.schedule_delay"] = config.gc.schedule_delay
@@ -419,6 +449,20 @@ def _check(config: Config, path: str) -> None:
             parse_duration(text)
         except InvalidArgument as error:
             raise InvalidArgument(f"config file {path}: {at}: {error.message}") from error
+
+
+def _check_proxies(config: Config, path: str) -> None:
+    for name, proxy in config.proxy_plugins.items():
+        at = f'config file {path}: proxy_plugins."{name}"'
+        if proxy.type not in ("snapshot", "content", "sandbox", "diff"):
+            raise InvalidArgument(f'{at}.type: expected "snapshot", "content", "sandbox" or "diff"')
+        if not proxy.address.removeprefix("unix://").startswith("/"):
+            raise InvalidArgument(f"{at}.address: expected the absolute path of a socket")
+        if proxy.platform:
+            try:
+                platforms.parse(proxy.platform)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{at}.platform: {error.message}") from error
 
 
 def _as_plain(value: Any) -> Any:

@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 
@@ -26,6 +27,8 @@ from wherry.proto import runc_options_pb2, runtimeoptions_pb2
 
 DEFAULT = "io.containerd.runc.v2"
 _OURS = frozenset({"", DEFAULT, "io.containerd.runc.v1", "io.containerd.wherry.v1"})
+# options that shims with a configuration file have (gVisor's, Kata's), and runc's hasn't
+_FILE_OPTIONS = frozenset({"TypeUrl", "ConfigPath", "ConfigBody"})
 _NAME = re.compile(r"[a-z0-9_.-]*\.(?P<name>[a-z0-9_-]+)\.(?P<version>v[0-9]+)", re.IGNORECASE)
 
 
@@ -38,6 +41,9 @@ def resolve(name: str, handlers: Mapping[str, RuntimeHandler]) -> Launch:
     handler = handlers.get(name or DEFAULT)
     if handler is not None and handler.shim:
         return Launch(name, _binary(handler.shim, f'runtimes."{name}" in the configuration'))
+    if handler is not None and handler.runtime_type:
+        # by the rules for names alone: a handler doesn't lead to a handler
+        return Launch(name, resolve(handler.runtime_type, {}).binary)
     if handler is not None or name in _OURS:
         return Launch(name or DEFAULT)
     if name.startswith("/"):
@@ -52,24 +58,52 @@ def resolve(name: str, handlers: Mapping[str, RuntimeHandler]) -> Launch:
 
 
 def options(given: AnyMessage, launch: Launch, handlers: Mapping[str, RuntimeHandler]) -> AnyMessage:
-    """The runtime's options: what the container has, filled up with what the configuration says for its runtime."""
+    """The runtime's options: what the container has, filled up with what the configuration says for its runtime.
+
+    Raises InvalidArgument for an option of the configuration that there isn't, or of the wrong type.
+    """
     handler = handlers.get(launch.runtime)
-    if handler is None or handler == RuntimeHandler(shim=handler.shim):
+    if handler is None:
         return given
-    if handler.config_path:
-        if given.type_url:
-            return given
-        return pack(runtimeoptions_pb2.Options(config_path=handler.config_path))
-    if not given.type_url:
-        merged = runc_options_pb2.Options()
-    elif is_a(given, runc_options_pb2.Options):
-        merged = unpack_as(given, runc_options_pb2.Options)
-    else:
+    configured = _configured(handler, f'runtimes."{launch.runtime}".options')
+    if configured is None or (given.type_url and not is_a(given, type(configured))):
         return given
-    merged.binary_name = merged.binary_name or handler.binary
-    merged.root = merged.root or handler.root
-    merged.systemd_cgroup = merged.systemd_cgroup or handler.systemd_cgroup
-    return pack(merged)
+    if given.type_url:
+        configured.MergeFrom(unpack_as(given, type(configured)))  # type: ignore[arg-type]  # of the same type
+    return pack(configured)
+
+
+def passed_annotations(annotations: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
+    """Those annotations whose names match one of the globs (a handler's `pod_annotations`, `container_annotations`)."""
+    return {
+        name: value
+        for name, value in annotations.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def _configured(handler: RuntimeHandler, at: str) -> runc_options_pb2.Options | runtimeoptions_pb2.Options | None:
+    """What a handler sets, as the message that its kind of shim reads: runc's, or the one with a configuration file."""
+    set_apart: dict[str, object] = {"config_path": handler.config_path}
+    kind: type[runc_options_pb2.Options | runtimeoptions_pb2.Options] = runtimeoptions_pb2.Options
+    if not handler.config_path and not handler.options.keys() & _FILE_OPTIONS:
+        kind = runc_options_pb2.Options
+        set_apart = {"binary_name": handler.binary, "root": handler.root, "systemd_cgroup": handler.systemd_cgroup}
+    names = {_camel(field.name): field.name for field in kind.DESCRIPTOR.fields}
+    made = kind(**{name: value for name, value in set_apart.items() if value})  # type: ignore[arg-type]  # by name
+    for name, value in handler.options.items():
+        if name not in names:
+            raise InvalidArgument(f"{at}.{name}: no such option, there are {', '.join(sorted(names))}")
+        try:
+            setattr(made, names[name], value.encode() if name == "ConfigBody" and isinstance(value, str) else value)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"{at}.{name}: {error}") from error
+    return made if made.ListFields() else None
+
+
+def _camel(name: str) -> str:
+    """`binary_name` as containerd's TOML has it: `BinaryName`."""
+    return "".join(word.title() for word in name.split("_"))
 
 
 def checkpoint_path(given: AnyMessage) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from wherry.core import errors, typeurl
@@ -12,6 +13,7 @@ from wherry.core.names import check_identifier
 from wherry.linux import cgroups, mounts
 from wherry.linux.cgroups.layout import V1_CONTROLLERS, Mode, own_cgroups
 from wherry.proto import cgroups_v1_pb2, cgroups_v2_pb2, events_pb2, runc_options_pb2, task_v2_pb2
+from wherry.shim import oom
 from wherry.shim.external import External
 from wherry.shim.log import log
 from wherry.shim.oci_runtime import (
@@ -171,7 +173,7 @@ class Container:
             await process.io.prepare()
             with self._shim.children:
                 pid = await self.runtime.exec(self.id, process.exec_id, self._specs[process.exec_id], process.io)
-                process.born(pid, process.settle)
+                process.born(pid, partial(self._exec_exited, process))
             process.io.started()
         except OSError as error:
             process.failed()
@@ -224,9 +226,20 @@ class Container:
             if process.active:
                 await process.ended
         self._tell_oom()
-        if end.status == 128 + signal.SIGKILL and self._cgroup is not None and self._cgroup.oom_kills():
-            self.init.reason = f"out of memory: the kernel killed in {next(iter(self._cgroup.paths.values()))}"
+        self._explain(self.init, end)
         self.init.settle(end)
+
+    def _exec_exited(self, process: Process, end: Exit) -> None:
+        self._explain(process, end)
+        process.settle(end)
+
+    def _explain(self, process: Process, end: Exit) -> None:
+        """Why a process was killed, where that was for lack of memory; another one's death is not an exec's reason."""
+        if end.status != 128 + signal.SIGKILL or self._cgroup is None or not self._cgroup.oom_kills():
+            return
+        reason, victim = oom.explain(self._cgroup)
+        if not process.exec_id or victim == process.pid:
+            process.reason = reason
 
     async def _attempt(self, what: str, operation: Operation) -> None:
         try:

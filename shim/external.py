@@ -131,9 +131,7 @@ class External:
         settings = self._settings
         binary = which(settings.binary)
         if binary is None:
-            raise errors.WherryError(
-                f'{failed or command[0]}: exec: "{settings.binary}": executable file not found in $PATH'
-            )
+            raise errors.WherryError(f"{failed or command[0]}: {_missing(settings.binary)}")
         line = [binary, "--root", settings.root, "--log", self._log, "--log-format", "json"]
         if settings.systemd_cgroup:
             line.append("--systemd-cgroup")
@@ -168,6 +166,13 @@ def which(name: str) -> str | None:
         if os.access(path, os.X_OK) and not os.path.isdir(path):
             return path
     return None
+
+
+def _missing(name: str) -> str:
+    """That a runtime isn't there, in the words of Go's exec, and where it was looked for."""
+    if "/" in name:
+        return f'exec: "{name}": no such executable file'
+    return f'exec: "{name}": executable file not found in $PATH ({os.environ.get("PATH", os.defpath)})'
 
 
 def _spawn(line: list[str], streams: tuple[int, int, int]) -> int:

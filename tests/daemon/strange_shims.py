@@ -43,6 +43,9 @@ def field(number, value):
 starting = sys.argv[-1] == "start"
 given = sys.stdin.buffer.read() if starting else b""
 named = sys.argv[sys.argv.index("-id") + 1].encode()
+if starting:
+    with open("../../../stdin-" + named.decode(), "wb") as file:  # in the daemon's state
+        file.write(given)
 """
 
 # containerd 1.6's shims: the bare address, whatever the daemon could take
@@ -70,8 +73,6 @@ if starting:
         fields = {}
     if fields.get(1) != [named]:
         sys.exit("shim start: no bootstrap parameters on stdin: is the daemon older than this shim?")
-    with open("../../../params-" + named.decode(), "wb") as file:
-        file.write(given)
 sys.exit(subprocess.run(OURS, input=given).returncode)
 """
 

@@ -113,7 +113,7 @@ def test_what_a_new_shim_reads(daemon: Wherryd) -> None:
     """Field by field, as containerd 2.3 writes it."""
     flags = ["--runtime", "test.params.v1"]
     daemon.ctr("run", "--rm", *flags, BUSYBOX, "asked", "true")
-    data = (daemon.state / "params-asked").read_bytes()
+    data = (daemon.state / "stdin-asked").read_bytes()
     expected = b"\x0a\x05asked\x12\x07default"
     # log_level is an enum of which debug is -4: ten bytes of varint
     expected += b"\x18\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x01\x22\x052.3.0"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -265,9 +266,33 @@ async def test_out_of_memory(lab: Lab) -> None:
     await lab.events.wait_for("/tasks/exit")
     assert lab.events.topics == ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit"]
     kept = json.loads((shim.bundle / "exits" / "init.json").read_text())
-    assert "out of memory" in kept["reason"]
+    assert re.fullmatch(
+        rf"out of memory: the limit of cgroup \S*/wherry-h5/a was reached, the kernel killed sh \(pid {kept['pid']}\)",
+        kept["reason"],
+    )
     await shim.delete()
     await shim.shutdown()
+
+
+async def test_out_of_memory_in_a_process_that_was_added(lab: Lab) -> None:
+    shim = await lab.spawn("a")
+    spec = container_spec("a", "/bin/sleep", "1000")
+    spec["linux"]["resources"]["memory"] = {"limit": 16 << 20, "swap": 16 << 20}
+    await shim.create(spec=spec)
+    await shim.start()
+    await shim.exec("hungry", "/bin/sh", "-c", "x=aaaaaaaaaaaaaaaaaaaa; while :; do x=$x$x; done", streams=False)
+    pid = await shim.start("hungry")
+    assert (await shim.wait("hungry")).exit_status == 137
+    await lab.events.wait_for("/tasks/oom")
+    kept = json.loads((shim.bundle / "exits" / "exec-hungry.json").read_text())
+    assert f"the kernel killed sh (pid {pid})" in kept["reason"]
+    # what is killed for another reason isn't explained by that
+    await shim.exec("killed", "/bin/sleep", "1000", streams=False)
+    await shim.start("killed")
+    await shim.kill(9, "killed")
+    assert (await shim.wait("killed")).exit_status == 137
+    assert json.loads((shim.bundle / "exits" / "exec-killed.json").read_text())["reason"] == ""
+    await _end(shim)
 
 
 async def test_many_wait_and_all_are_answered(lab: Lab) -> None:
