@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 from aiohttp import ClientResponse
 
@@ -23,7 +23,7 @@ from wherry.core.errors import (
 from wherry.core.reference import Reference
 from wherry.registry.hosts import Host
 from wherry.registry.retry import Backoff, retried, worth_a_retry
-from wherry.registry.transport import Transport
+from wherry.registry.transport import Transport, joined
 
 # bytes from which on a blob goes in chunks, and how large these are: what is lost at most when a connection is cut
 CHUNK = 64 << 20
@@ -112,7 +112,10 @@ class Pusher:
         try:
             async with self._request("HEAD", url, {"Accept": accept}, expect={200}) as response:
                 stated = response.headers.get("Docker-Content-Digest")
-                return kind == "blobs" or stated == descriptor.digest
+                length = response.headers.get("Content-Length", "")
+                if kind == "blobs":
+                    return not length.isdigit() or int(length) == descriptor.size
+                return stated == descriptor.digest
         except NotFound:
             return False
 
@@ -235,7 +238,7 @@ def _location(response: ClientResponse, otherwise: str = "") -> str:
     location = response.headers.get("Location") or otherwise
     if not location:
         raise Unavailable(f"{response.url}: the registry opened an upload without saying where")
-    url = urljoin(str(response.url), location)
+    url = joined(str(response.url), location)
     asked, said = urlsplit(str(response.url)), urlsplit(url)
     if asked.scheme == "https" and said.scheme == "http" and said.hostname == asked.hostname:
         return said._replace(scheme="https", netloc=asked.netloc).geturl()

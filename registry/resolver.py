@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Self, TypedDict
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from wherry.core import mediatypes, reference
 from wherry.core.descriptor import Descriptor
@@ -26,7 +26,7 @@ from wherry.registry.fetcher import Fetcher
 from wherry.registry.hosts import Capability, Host, hosts_for
 from wherry.registry.pusher import Pusher
 from wherry.registry.retry import retried
-from wherry.registry.transport import Transport, read_all
+from wherry.registry.transport import Transport, joined, read_all
 
 # bytes of a manifest that is read to learn its digest (the distribution specification's limit)
 MAX_MANIFEST = 4 << 20
@@ -145,7 +145,7 @@ class Resolver:
                 raise ResourceExhausted(f"{parsed.name} has more than {limit} tags: resource exhausted")
             if not link or not names:
                 return found
-            following = urlsplit(urljoin(host.root + url, link))
+            following = urlsplit(joined(host.root + url, link))
             if following.netloc != host.netloc or not following.path.startswith(f"{host.path}/"):
                 raise InvalidArgument(f"{host.netloc}: the next page of tags is elsewhere: invalid argument")
             url = following.path.removeprefix(host.path) + (f"?{following.query}" if following.query else "")

@@ -160,7 +160,7 @@ class Transport:
             response = await self._send(method, host, url, sent, body, at_home=at_home)
             if response.status not in {301, 302, 303, 307, 308} or "Location" not in response.headers:
                 return response
-            location = urljoin(url, response.headers["Location"])
+            location = joined(url, response.headers["Location"])
             response.release()
             seen += 1
             if seen > MAX_REDIRECTS:
@@ -269,6 +269,16 @@ class Transport:
         if (host, at_home) not in self._contexts:
             self._contexts[host, at_home] = context_for(host, at_home=at_home)
         return self._contexts[host, at_home]
+
+
+def joined(url: str, location: str) -> str:
+    """Where a `Location` or `Link` leads, as a URL. Raises Hopeless for what is none."""
+    try:
+        found = urljoin(url, location)
+        urlsplit(found)
+        return str(URL(found, encoded=True)) if "://" in found else found
+    except ValueError as error:
+        raise Hopeless(f"{url}: leads to {location[:200]!r}, which is no web address") from error
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:
