@@ -410,7 +410,9 @@ def ioctl(fd: int, request: int, argument: object = 0) -> int:
     return result
 
 
-class _CloneArgs(ctypes.Structure):
+class CloneArgs(ctypes.Structure):
+    """struct clone_args of clone3(2)."""
+
     _fields_ = tuple(
         (name, ctypes.c_uint64)
         for name in (
@@ -445,7 +447,7 @@ def fork(flags: int = 0, cgroup: int = -1) -> int:
     """
     if not flags and cgroup < 0:
         return os.fork()
-    args = _CloneArgs(flags=flags, exit_signal=_SIGCHLD)
+    args = CloneArgs(flags=flags, exit_signal=_SIGCHLD)
     if cgroup >= 0:
         args.flags |= CLONE_INTO_CGROUP
         args.cgroup = cgroup

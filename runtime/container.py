@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
+    from wherry.runtime.checkpoint import Options
     from wherry.runtime.lifecycle import Starting
 
     T = TypeVar("T")
@@ -158,7 +159,9 @@ def preload() -> None:
         v2,
     )
     from wherry.runtime import (  # noqa: F401
+        borrowed,
         cgroup,
+        checkpoint,
         console,
         copyup,
         create,
@@ -169,6 +172,7 @@ def preload() -> None:
         listener,
         netdevices,
         prepare,
+        restore,
         rootless,
         sealed,
         seccomp,
@@ -177,6 +181,7 @@ def preload() -> None:
     )
 
     cgroups.host()
+    borrowed.prepare()
 
 
 def create(request: CreateRequest) -> int:
@@ -239,6 +244,22 @@ def state(root: str, id: str) -> dict[str, Any]:  # noqa: A002
     from wherry.runtime import state as states
 
     return states.load(root, id).described()
+
+
+def checkpoint(root: str, id: str, options: Options) -> None:  # noqa: A002
+    """Have criu write a running (or paused) container into `options.image_path`; then it is gone, state and all,
+    unless `leave_running` or `pre_dump`. criu's own message if it can't, and the container runs on."""
+    from wherry.runtime import checkpoint as implementation
+
+    implementation.checkpoint(root, id, options)
+
+
+def restore(request: CreateRequest, options: Options) -> int:
+    """Make a container from what `checkpoint` wrote; it runs (or is paused) as it was. Returns its init's pid, which
+    is a child of the caller. A terminal's master goes to the console socket, as with `create`."""
+    from wherry.runtime import restore as implementation
+
+    return implementation.restore(request, options)
 
 
 def pause(root: str, id: str) -> None:  # noqa: A002

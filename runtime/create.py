@@ -8,8 +8,10 @@ Here are the steps and their order; each is explained where it is done. The chil
 from __future__ import annotations
 
 import os
+import sys
 
 from wherry.core.errors import WherryError
+from wherry.core.failpoints import reach
 from wherry.linux import process
 from wherry.runtime import cgroup, hooks, init, make, prepare, spec, state
 from wherry.runtime.errors import INVALID, ContainerError
@@ -28,7 +30,9 @@ def create(request: CreateRequest, meanwhile: Callable[[], None] | None = None) 
     command line loads there what it needs next."""
     plan = begin(request)
     try:
+        reach("runtime.create.taken")
         make_cgroup(plan, request)
+        reach("runtime.create.cgroup")
         plan.open_namespaces()
         prepare.open_start_files(plan)
         prepare.open_console(plan, request.console_socket, request.console_fd)
@@ -38,9 +42,15 @@ def create(request: CreateRequest, meanwhile: Callable[[], None] | None = None) 
 
         def recorded(pid: int) -> None:
             make.record(plan, pid)
+            reach("runtime.create.recorded")
             if request.pid_file:
                 make.write_pid_file(request.pid_file, pid)
 
+        # loaded only where many containers are made: in a fork server (`container.preload`)
+        borrowed = sys.modules.get("wherry.runtime.borrowed")
+        if borrowed is not None and borrowed.serves(plan):
+            plan.state.save_spec(plan.spec)
+            return int(borrowed.spawn(plan, recorded))
         pid, channel = make.spawn(plan, init.run)
         try:
             plan.state.save_spec(plan.spec)

@@ -7,6 +7,7 @@ import os
 import select
 
 from wherry.core.errors import WherryError
+from wherry.core.failpoints import reach
 from wherry.linux import cgroups
 from wherry.linux import syscalls as sc
 from wherry.runtime import hooks, state
@@ -138,11 +139,13 @@ def _wait_for_exec(fifo: int) -> None:
 
 
 def _read_failure(found: state.State) -> str:
+    """What start.error says; a waiter (`borrowed.py`) ends it with a zero byte and an errno."""
     try:
         with open(found.failure, encoding="utf-8", errors="replace") as file:
-            return file.read()
+            text, _, number = file.read().partition("\0")
     except FileNotFoundError:
         return ""
+    return text + os.strerror(ord(number[0])).lower() if number else text
 
 
 # -- kill -------------------------------------------------------------------------------------------------------------
@@ -247,10 +250,12 @@ def destroy(found: state.State) -> None:
             if found.unit:
                 stop_unit(found)
             cgroup.delete()
+            reach("runtime.delete.cgroup")
         except (OSError, WherryError) as error:
             raise _cgroup_failure("unable to remove the container's cgroup", error) from error
     payload = found.oci(state.STOPPED)
     found.remove()
+    reach("runtime.delete.removed")
     hooks.run(spec, "poststop", payload)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from wherry.core.failpoints import reach
 from wherry.linux import process
 from wherry.linux import syscalls as sc
 from wherry.linux.namespaces import path_of
@@ -46,6 +47,7 @@ def spawn(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channe
         pid = sc.fork(flags, plan.cgroup_fd)
         if pid == 0:
             ours.close()
+            reach("runtime.child.born")
             body(plan, theirs)
             os._exit(70)  # never reached: EX_SOFTWARE
     except BaseException:
@@ -77,6 +79,7 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
 
     `recorded` is called with it when nothing can fail any more. On an error the child is killed and reaped.
     """
+    reach("runtime.forked")
     child, settled = pid, False
     try:
         while True:
@@ -91,7 +94,9 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
                 os.waitpid(child, 0)
                 child = int(value)
             elif kind == "ready":
-                _limit(plan, child)
+                reach("runtime.child.ready")
+                limit(plan, child)
+                limit_score(plan, child)
                 channel.send("go")
             elif kind in ("map", "hooks", "network", "seccomp"):
                 _serve(plan, child, kind, value)
@@ -99,11 +104,12 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
             elif kind == "waiting":
                 recorded(child)
                 channel.send("recorded")
+                reach("runtime.recorded")
                 if not plan.is_exec:
                     return child
                 settled = True  # what comes now is the end of file that a successful execve makes, or its error
     except BaseException:
-        _kill(child)
+        kill(child)
         raise
     finally:
         channel.close()
@@ -131,7 +137,7 @@ def _serve(plan: Plan, pid: int, kind: str, value: Any) -> None:
 def abandon(pid: int, channel: Channel) -> None:
     """Give up a child that nobody will talk to."""
     channel.close()
-    _kill(pid)
+    kill(pid)
 
 
 def _death(pid: int) -> str:
@@ -146,7 +152,7 @@ def _death(pid: int) -> str:
     return f"container init died ({'signal ' + str(-code) if code < 0 else 'exit status ' + str(code)})"
 
 
-def _kill(pid: int) -> None:
+def kill(pid: int) -> None:
     """End the child and reap it, if it is our child; a grandchild is reaped by whoever adopted it."""
     try:
         os.kill(pid, 9)
@@ -191,8 +197,10 @@ def _run_host_hooks(plan: Plan, pid: int) -> None:
         raise ContainerError(f"{FAILED_START}error during container init: {error.message}") from None
 
 
-def _limit(plan: Plan, pid: int) -> None:
-    """What this process has the right to set and the container's hasn't, when the container is in a user namespace."""
+def limit(plan: Plan, pid: int) -> None:
+    """What this process has the right to set and the container's hasn't, when the container is in a user namespace.
+
+    pid 0 is the caller."""
     for item in plan.process.get("rlimits") or ():
         number = RLIMITS[item["type"]]
         try:
@@ -202,6 +210,10 @@ def _limit(plan: Plan, pid: int) -> None:
             what = f"error setting rlimits for ready process: error setting rlimit type {number}: {text}"
             prefix = "" if plan.is_exec else "error during container init: "
             raise ContainerError(f"{FAILED_START}{prefix}{what}") from None
+
+
+def limit_score(plan: Plan, pid: int | str) -> None:
+    """`process.oomScoreAdj`, for a pid or "self": the same rights."""
     score = plan.process.get("oomScoreAdj")
     if score is not None:
         try:

@@ -26,6 +26,8 @@ from collections.abc import Callable
 from typing import Final, NoReturn
 
 from wherry.core.errors import AlreadyExists, Code, WherryError
+from wherry.core.failpoints import reach
+from wherry.linux import vfork
 from wherry.linux.process import reserve_process_title, set_child_subreaper, set_process_title
 from wherry.proto.ttrpc import sockets
 from wherry.runtime import container as bundled
@@ -74,7 +76,9 @@ def run(control: int, life: Life) -> None:
     As little as can be happens between two forks: what this process writes to is no longer shared with the shims that
     were forked before, and every one of them is left with a copy of its own.
     """
-    read, fork, wait = os.read, os.fork, os.waitpid
+    read, wait = os.read, os.waitpid
+    machine = vfork.prepare()
+    fork, child = (os.fork, _orphan) if machine is None else (machine.orphan, _alone)
     while True:
         try:
             data = read(control, _MESSAGE_MAX)
@@ -84,8 +88,10 @@ def run(control: int, life: Life) -> None:
             return
         middle = fork()
         if not middle:
-            _orphan(_answer, control, life, data)
+            child(_answer, control, life, data)
+        reach("forkserver.forked")
         wait(middle, 0)
+        reach("forkserver.reaped")
 
 
 def detach(function: Callable[..., object], *args: object) -> None:
@@ -97,14 +103,23 @@ def detach(function: Callable[..., object], *args: object) -> None:
 
 
 def _orphan(function: Callable[..., object], *args: object) -> NoReturn:
-    status = 1
+    """In a child: fork once more, and end; its child is init's."""
     try:
         if os.fork():
-            status = 0
-        else:
-            os.setsid()
-            function(*args)
-            status = 0
+            os._exit(0)
+    except BaseException as error:  # noqa: BLE001  # nothing may return into the caller's code
+        log_exception(error)
+        os._exit(1)
+    _alone(function, *args)
+
+
+def _alone(function: Callable[..., object], *args: object) -> NoReturn:
+    """In a child of init: lead a session, do it, end."""
+    status = 1
+    try:
+        os.setsid()
+        function(*args)
+        status = 0
     except BaseException as error:  # noqa: BLE001  # nothing may return into the caller's code
         log_exception(error)
     finally:
@@ -132,11 +147,14 @@ def _answer(control: int, life: Life, data: bytes) -> None:
 def _shim(control: int, sequence: str, words: ShimWords, life: Life) -> None:
     parameters = _parameters(words)
     _own_streams(parameters.bundle, words.log_level)
+    reach("shim.spawn.streams")
     listener = _listen(control, sequence, parameters)
     if listener is None:
         return
+    reach("shim.spawn.bound")
     become_shim(parameters)
     _reply(control, sequence, str(os.getpid()), parameters.socket)
+    reach("shim.spawn.answered")
     os.close(control)
     life.serve(listener, parameters)
 
