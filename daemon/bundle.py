@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from wherry.core.errors import AlreadyExists, InvalidArgument
+from wherry.core.failpoints import reach
 from wherry.linux.mounts import unmount_all
 from wherry.shim.client import Bootstrap
 
@@ -116,6 +117,7 @@ class Bundle:
             _remove(hidden)
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, hidden)
+            reach("daemon.end.hidden")
             _remove(hidden)
 
     def _write(self, name: str, data: bytes) -> None:

@@ -13,6 +13,7 @@ from google.protobuf import empty_pb2
 
 from wherry.core import topics
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound
+from wherry.core.failpoints import reach
 from wherry.core.filters import Adaptor, compile_filters, fields
 from wherry.core.names import check_identifier, quote
 from wherry.daemon.fields import apply_mask, now, settle_labels
@@ -83,6 +84,7 @@ class ContainerStore:
         event.runtime.name = made.runtime.name
         if made.runtime.HasField("options"):
             event.runtime.options.CopyFrom(made.runtime.options)
+        reach("daemon.record.created")
         self._publish(namespace, topics.CONTAINER_CREATE, event)
         return made
 
@@ -140,6 +142,7 @@ class ContainerStore:
                 raise NotFound(f"container {quote(id)} in namespace {quote(namespace)}: not found")
 
         await self._metadata.write(work, removes=True)
+        reach("daemon.record.deleted")
         self._publish(namespace, topics.CONTAINER_DELETE, events_pb2.ContainerDelete(id=id))
 
 

@@ -26,6 +26,7 @@ from google.protobuf import any_pb2, empty_pb2, timestamp_pb2
 from google.protobuf.message import Message
 
 from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
+from wherry.core.failpoints import reach
 from wherry.core.filters import Adaptor, Filter, compile_filters
 from wherry.core.names import check_identifier, require_namespace
 from wherry.core.topics import check_topic
@@ -142,8 +143,10 @@ class Exchange:
         _check(envelope.namespace, envelope.topic)
         if not envelope.HasField("timestamp") or not (envelope.timestamp.seconds or envelope.timestamp.nanos):
             raise InvalidArgument("timestamp must be set on forwarded event: invalid argument")
+        reach("daemon.event.received")
         new = envelope.timestamp.ToNanoseconds() > time.time_ns() - _PERHAPS_TOLD
         await self._send_kept(envelope, new=new)
+        reach("daemon.event.kept")
 
     def subscribe(self, filters: Sequence[str] = ()) -> Subscription:
         """A new subscriber, who sees what is published from now on; in the loop's thread.

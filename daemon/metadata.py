@@ -132,7 +132,7 @@ class Metadata:
 
         `durable`: return after it is on disk. `removes`: tells the garbage collector that there may be garbage (an
         update that takes a reference away doesn't, as in containerd).
-        `alone`: nothing else is in the transaction. `quiet`: it is nothing that the collector has to do with (it neither
+        `alone`: nothing else is in the transaction. `quiet`: nothing that the collector has to do with (it neither
         counts as a mutation nor spoils a marking). A cancelled caller's work is done all the same.
         Raises ResourceExhausted for a full disk, Unavailable after `close`, and what `work` raises.
         """

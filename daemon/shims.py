@@ -30,6 +30,7 @@ from wherry.core.errors import (
     WherryError,
     from_code,
 )
+from wherry.core.failpoints import reach
 from wherry.core.typeurl import is_a, unpack_as
 from wherry.daemon import logs
 from wherry.daemon.bundle import Bundle, Launch, find
@@ -124,6 +125,7 @@ class Shims:
                 raise AlreadyExists(f"task {bundle.id}: already exists")
             began = time.perf_counter()
             bundle.create(spec, launch)
+            reach("daemon.create.bundle")
             shim = Shim(bundle, launch, self._planned(key))
             try:
                 shim = await self._launch(shim, options)
@@ -132,8 +134,10 @@ class Shims:
             except BaseException:
                 await self._undo(shim)
                 raise
+            reach("daemon.create.made")
             shim.pid = response.pid
             self._shims[key] = shim
+            reach("daemon.create.kept")
             if logs.is_debug():
                 took = {"launch_ms": launched - began, "create_ms": time.perf_counter() - launched}
                 log.debug("task created", id=bundle.id, **{name: round(s * 1000, 2) for name, s in took.items()})
@@ -155,9 +159,12 @@ class Shims:
         else:
             # recorded before there is one: a daemon that dies in between finds the shim at its planned address
             bundle.write_bootstrap(shim.bootstrap)
+            reach("daemon.create.planned")
             bootstrap = await self._forks.spawn(self._request(bundle, options))
+            reach("daemon.create.spawned")
             shim.bootstrap = replace(shim.bootstrap, pid=bootstrap.pid)
         await shim.connect(_CONNECT, self._closed)
+        reach("daemon.create.connected")
         return shim
 
     async def _create_task(self, shim: Shim, request: task.CreateTaskRequest) -> task.CreateTaskResponse:
@@ -202,6 +209,7 @@ class Shims:
     async def _end(self, shim: Shim) -> None:
         async with self._working(shim.key):
             await self._leave(shim, now=False)
+            reach("daemon.end.left")
             await self._remove(shim)
 
     async def _destroy(self, shim: Shim) -> None:
@@ -265,6 +273,7 @@ class Shims:
             if self._shims.get(shim.key) is not shim:
                 return
             shim.leaving = True
+            reach("daemon.bury.begun")
             await self._clean_up(shim)
             del self._shims[shim.key]
 
@@ -275,12 +284,15 @@ class Shims:
         except (WherryError, OSError) as error:
             log.error("could not clean up after a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
             dead = DeadShim(shim.pid, SIGKILLED, time.time_ns(), f"the shim died, and its clean-up failed: {error}")
+        reach("daemon.bury.deleted")
         await shim.hang_up()
         # told before the bundle goes: a daemon that dies in between leaves it to the next one, to whom the journal says
         # what was told already
         if dead.pid or shim.pid:
             await self._report(shim, dead)
+        reach("daemon.bury.told")
         await self._remove(shim)
+        reach("daemon.bury.removed")
         if not shim.lost.done():
             shim.lost.set_result(dead)
 

@@ -9,6 +9,7 @@ import structlog
 from google.protobuf import any_pb2, empty_pb2
 
 from wherry.core.errors import InvalidArgument, NotFound, Unavailable, Unimplemented, WherryError
+from wherry.core.failpoints import reach
 from wherry.core.filters import compile_filters, fields
 from wherry.core.names import check_identifier
 from wherry.daemon import runtimes
@@ -89,7 +90,9 @@ class TaskService:
         """Start the task, or a process that `exec` added."""
         shim = await self._shim(request.container_id, context)
         asked = shim_api.StartRequest(id=shim.bundle.id, exec_id=request.exec_id)
+        reach("daemon.start.asked")
         started = await shim.call("Start", asked, shim_api.StartResponse, _START)
+        reach("daemon.start.done")
         return pb.StartResponse(pid=started.pid)
 
     async def delete(self, request: pb.DeleteTaskRequest, context: Context) -> pb.DeleteResponse:
@@ -97,7 +100,9 @@ class TaskService:
         shim = await self._shim(request.container_id, context)
         asked = shim_api.DeleteRequest(id=shim.bundle.id)
         try:
+            reach("daemon.delete.asked")
             deleted = await shim.call("Delete", asked, shim_api.DeleteResponse)
+            reach("daemon.delete.done")
         except NotFound:
             # the shim has none: a daemon before this one deleted it and died before it was done
             self._shims.end(shim)
@@ -120,6 +125,7 @@ class TaskService:
         except Unavailable:
             dead = await self._shims.fate(shim)
             return pb.WaitResponse(exit_status=dead.exit_status, exited_at=timestamp(dead.exited_at_ns))
+        reach("daemon.wait.answered")
         return pb.WaitResponse(exit_status=exited.exit_status, exited_at=exited.exited_at)
 
     async def exec(self, request: pb.ExecProcessRequest, context: Context) -> empty_pb2.Empty:
@@ -138,6 +144,7 @@ class TaskService:
             stderr=request.stderr,
             spec=request.spec,
         )
+        reach("daemon.exec.asked")
         return await shim.call("Exec", asked, empty_pb2.Empty)
 
     # -- what is asked of one that is there

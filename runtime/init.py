@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import os
 
+from wherry.core.failpoints import reach
 from wherry.linux import namespaces, process
 from wherry.linux import syscalls as sc
 from wherry.runtime import hooks, identity, kernel
@@ -62,6 +63,7 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
             enter_user_namespace(plan, channel)
         else:
             enter_namespaces(plan)
+        reach("runtime.init.namespaces")
         build(plan, channel)
         channel.send("ready")
         channel.expect("go")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from wherry.core.errors import WherryError
+from wherry.core.failpoints import reach
 from wherry.linux import mounts
 from wherry.linux.process import is_alive
 from wherry.shim.container import open_runtime
@@ -44,16 +45,19 @@ def clean_up(namespace: str, container_id: str, bundle: str, runtime_root: str =
     shim = Shim(loop, children, Publisher(loop, children))
     shim.namespace, shim.runtime_root = namespace, root
     settings = read_settings(bundle) or RuntimeSettings(root, bundle)
+    reach("cleanup.begun")
     pid = read_pid(bundle)
     known = read_exit(bundle)
     try:
         loop.run_until(open_runtime(shim, settings).delete(container_id, force=True))
     except (WherryError, OSError) as error:
         log("warning", f"failed to remove the runtime's container: {error}", id=container_id)
+    reach("cleanup.deleted")
     if known is None:
         _await_death(pid)
     with contextlib.suppress(OSError):
         mounts.unmount_all(f"{bundle}/rootfs")
+    reach("cleanup.unmounted")
     children.close()
     loop.close()
     if known is not None:

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from wherry.core import topics, typeurl
 from wherry.core.errors import Code
+from wherry.core.failpoints import reach
 from wherry.proto import events_pb2, events_ttrpc_pb2, types_pb2
 from wherry.proto.ttrpc.frames import Answer, ClientConnection, ProtocolError
 from wherry.proto.ttrpc.sockets import MAX_PATH
@@ -174,6 +175,7 @@ class Publisher:
         )
         self._timer = self._loop.later(CONFIRM, self._lost)
         self._writable()
+        reach("shim.event.sent")
 
     def _writable(self) -> None:
         if self._socket < 0:
@@ -215,6 +217,7 @@ class Publisher:
                 self._again()
                 return
         self._delay = FIRST_RETRY
+        reach("shim.event.confirmed")
         self.queue.popleft()
         self._go_on()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from wherry.core import errors
+from wherry.core.failpoints import reach
 from wherry.linux import mounts
 from wherry.runtime import container as bundled
 from wherry.runtime.errors import ContainerError
@@ -144,6 +145,7 @@ class Bundled:
         settings = self._settings
         spec = read_spec(settings.bundle)
         mount_rootfs(settings.bundle, rootfs)
+        reach("runtime.create.mounted")
         request = bundled.CreateRequest(
             settings.root,
             container,
@@ -347,6 +349,7 @@ def _child(write: int, function: Callable[..., Any], args: tuple[object, ...], k
             answer = (int(error.code), error.message)
         except OSError as error:
             answer = ("unknown", str(error))
+        reach("runtime.answering")
         data = marshal.dumps(answer) + _END
         os.set_blocking(write, True)
         while data:

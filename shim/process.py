@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from wherry.core.errors import FailedPrecondition, NotFound
+from wherry.core.failpoints import reach
 from wherry.proto import events_pb2, task_v2_pb2
 from wherry.shim.events import Publisher
 from wherry.shim.log import log
@@ -92,6 +93,7 @@ class Process:
             self._on_exit(held)
 
     def _exited(self, end: Exit) -> None:
+        reach("shim.exit.reaped")
         self.reaped = True
         if self._starting:
             self._held = end
@@ -107,12 +109,15 @@ class Process:
             write_exit(self._bundle, self.exec_id, end, self.reason)
         except OSError as error:  # the bundle was taken away under us; the event still says it
             log("error", f"an exit was not kept: {error}", id=self.id)
+        reach("shim.exit.written")
         self.machine.move(Operation.EXIT)
         self.end = end
         event = events_pb2.TaskExit(container_id=self.container_id, id=self.id, pid=end.pid, exit_status=end.status)
         event.exited_at.FromNanoseconds(end.at_ns)
         self._shim.publisher.publish(event)
+        reach("shim.exit.published")
         self.ended.set(end)
+        reach("shim.exit.told")
 
     def failed(self) -> None:
         """It could not be started: whoever waits for it waits in vain."""

@@ -13,6 +13,7 @@ import socket
 import sys
 from typing import Final, NamedTuple
 
+from wherry.core.failpoints import reach
 from wherry.linux import cgroups
 from wherry.linux.process import set_child_subreaper, set_process_title
 from wherry.shim.events import Publisher
@@ -130,6 +131,7 @@ class Life:
             self.server.close()
             with contextlib.suppress(OSError):
                 os.unlink(parameters.socket)
+            reach("shim.shutdown.unlinked")
 
     def _answered(self) -> None:
         """After a burst of calls, what they wrote to and left as it was is given back."""
@@ -145,6 +147,7 @@ class Life:
     def _shut_down(self) -> None:
         if not self._ending:
             self._ending = True
+            reach("shim.shutdown.asked")
             self.loop.soon(self._end_soon)
 
     def _end_soon(self) -> None:
@@ -155,6 +158,7 @@ class Life:
         if not emptied.done:
             self.loop.later(FLUSH, lambda: emptied.set(None))
             await emptied
+        reach("shim.shutdown.emptied")
         for _ in range(100):
             if not self.server.unsent:
                 break

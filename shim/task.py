@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.core import errors, typeurl
+from wherry.core.failpoints import reach
 from wherry.proto import events_pb2, runc_options_pb2, task_types_pb2, task_v2_pb2
 from wherry.shim.container import Container
 from wherry.shim.server import Handler, Services
@@ -79,6 +80,7 @@ class TaskService:
             raise errors.AlreadyExists(f"task {request.id}: already exists")
         self._creating.add(request.id)
         try:
+            reach("shim.create.asked")
             container = Container(self._shim, request)
             await container.create(request)
             self.containers[request.id] = container
@@ -94,6 +96,7 @@ class TaskService:
         for name in ("stdin", "stdout", "stderr", "terminal"):
             setattr(event.io, name, getattr(request, name))
         self._publish(event)
+        reach("shim.create.done")
         return task_v2_pb2.CreateTaskResponse(pid=container.init.pid)
 
     async def start(self, request: task_v2_pb2.StartRequest) -> task_v2_pb2.StartResponse:
@@ -114,12 +117,14 @@ class TaskService:
             event = events_pb2.TaskDelete(container_id=request.id, pid=response.pid, exit_status=response.exit_status)
             event.exited_at.CopyFrom(response.exited_at)
             self._publish(event)
+            reach("shim.delete.done")
         return response
 
     async def exec(self, request: task_v2_pb2.ExecProcessRequest) -> Empty:
         """Add a process, to be run by Start."""
         process = self._container(request.id).add_exec(request)
         self._publish(events_pb2.TaskExecAdded(container_id=request.id, exec_id=process.exec_id))
+        reach("shim.exec.added")
         return Empty()
 
     async def kill(self, request: task_v2_pb2.KillRequest) -> Empty:
