@@ -15,7 +15,6 @@ from wherry.core import platforms
 from wherry.core.errors import FailedPrecondition, NotFound
 from wherry.daemon import logs
 from wherry.daemon.config import Config
-from wherry.daemon.config import Snapshotter as SnapshotterOptions
 from wherry.daemon.containers import ContainerService, ContainerStore
 from wherry.daemon.content import ContentStore
 from wherry.daemon.content_service import ContentService
@@ -38,6 +37,7 @@ from wherry.daemon.sandboxes import SandboxService, SandboxStore
 from wherry.daemon.shims import Shims
 from wherry.daemon.snapshots import SnapshotStore
 from wherry.daemon.snapshots_service import SnapshotService
+from wherry.daemon.snapshotters import load_local, load_proxies
 from wherry.daemon.streaming import StreamingService, StreamManager
 from wherry.daemon.tasks import TaskService
 from wherry.daemon.transfer import TransferService
@@ -47,9 +47,7 @@ from wherry.proto.grpc.server import GrpcServer
 from wherry.proto.ttrpc.server import TtrpcServer
 from wherry.shim.client import ForkServer
 from wherry.snapshotter.applier import Applier
-from wherry.snapshotter.interface import Snapshotter
-from wherry.snapshotter.native import NativeSnapshotter
-from wherry.snapshotter.overlayfs import OverlaySnapshotter
+from wherry.snapshotter.limits import Limits as LayerLimits
 
 log = structlog.get_logger(__name__)
 
@@ -120,8 +118,11 @@ class Daemon:
             isolated = self._config.metadata.content_sharing_policy == "isolated"
             self._content = ContentStore(metadata, self._root("content"), publish, isolated=isolated)
             self._cleanup.push_async_callback(self._content.close)
-        snapshotters = self._snapshotters()
-        self._snapshots = SnapshotStore(metadata, snapshotters, publish)
+        snapshotters = load_local(self._plugins, self._config)
+        proxies = await load_proxies(self._plugins, self._config, metadata)
+        if not snapshotters and not proxies:
+            raise FailedPrecondition("no snapshotter is usable: see the log for the reasons")
+        self._snapshots = SnapshotStore(metadata, snapshotters, publish, proxies=proxies)
         self._cleanup.push_async_callback(self._snapshots.close)
         with load("io.containerd.gc.v1", "scheduler", requires=["io.containerd.metadata.v1"]):
             policy = self._config.gc
@@ -141,7 +142,11 @@ class Daemon:
             await self._collector.start()
             self._cleanup.push_async_callback(self._collector.close)
         with load("io.containerd.differ.v1", "walking", platforms=[platforms.host()]):
-            self._applier = Applier()
+            limits = self._config.limits
+            self._applier = Applier(
+                limits=LayerLimits(limits.layer_bytes, limits.layer_entries, limits.image_layers),
+                sync_fs=self._config.diff.sync_fs or self._config.walking.sync_fs,
+            )
             self._cleanup.push_async_callback(self._applier.close)
             self._differ = Differ(self._content, self._applier)
         self._containers = ContainerStore(metadata, publish)
@@ -158,31 +163,6 @@ class Daemon:
         self._add("leases", LeaseService(self._leases, self._collector))
         self._add("namespaces", NamespaceService(self._namespaces))
         self._add("sandboxes", SandboxService(sandboxes))
-
-    def _snapshotters(self) -> dict[str, Snapshotter]:
-        found: dict[str, Snapshotter] = {}
-        kind, here = "io.containerd.snapshotter.v1", [platforms.host()]
-
-        def root(name: str, options: SnapshotterOptions) -> str:
-            return options.root_path or self._root("snapshotter", name)
-
-        if self._plugins.enabled(kind, "native"):
-            options = self._config.native
-            exports = {"root": root("native", options)}
-            with self._plugins.load(kind, "native", platforms=here, exports=exports, optional=True):
-                found["native"] = NativeSnapshotter(root("native", options))
-        if self._plugins.enabled(kind, "overlayfs"):
-            options = self._config.overlayfs
-            exports = {"root": root("overlayfs", options)}
-            with self._plugins.load(kind, "overlayfs", platforms=here, exports=exports, optional=True):
-                found["overlayfs"] = OverlaySnapshotter(
-                    root("overlayfs", options),
-                    upperdir_label=options.upperdir_label,
-                    mount_options=options.mount_options,
-                )
-        if not found:
-            raise FailedPrecondition("no snapshotter is usable: see the log for the reasons")
-        return found
 
     async def _build_tasks(self) -> None:
         """Shims, and the search for those that an earlier daemon left."""

@@ -60,19 +60,27 @@ class SnapshotStore:
     """The snapshots of all namespaces, by snapshotter and key."""
 
     def __init__(
-        self, metadata: Metadata, snapshotters: Mapping[str, Snapshotter], publish: Publish | None = None
+        self,
+        metadata: Metadata,
+        snapshotters: Mapping[str, Snapshotter],
+        publish: Publish | None = None,
+        *,
+        proxies: Mapping[str, Snapshotter] | None = None,
     ) -> None:
-        """`snapshotters` by name; they are closed with this store."""
+        """`snapshotters` by name; `proxies` are those of other processes, which may be gone or mute: nobody but their
+        own users waits for them. All are closed with this store."""
         self._metadata = metadata
         self._publish = publish or unheard
-        self._snapshotters = dict(snapshotters)
+        self._proxies = dict(proxies or {})
+        self._snapshotters = {**snapshotters, **self._proxies}
         self._threads = {name: ThreadPoolExecutor(1, f"snapshotter-{name}") for name in snapshotters}
+        self._threads |= {name: ThreadPoolExecutor(4, f"snapshotter-{name}") for name in self._proxies}
         self._slow = ThreadPoolExecutor(2, "snapshotters-slow")
         self._last_number = 0
         # backend keys that are being made: no record yet, but no garbage either
         self._making: set[str] = set()
         # backend keys whose records are gone and whose files are not yet
-        self._garbage: dict[str, set[str]] = {name: set() for name in snapshotters}
+        self._garbage: dict[str, set[str]] = {name: set() for name in self._snapshotters}
         self._draining: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -191,7 +199,7 @@ class SnapshotStore:
         """(bytes, inodes) of the snapshot alone. Raises NotFound."""
         record = self._record(namespace, snapshotter, key)
         backend = self._backend(snapshotter)
-        found = await self._run_slow(lambda: backend.usage(record.backend))
+        found = await self._run_slow(snapshotter, lambda: backend.usage(record.backend))
         return found.size, found.inodes
 
     async def list(self, namespace: str, snapshotter: str, filters: Sequence[str] = ()) -> Sequence[pb.Info]:
@@ -232,14 +240,16 @@ class SnapshotStore:
         rows = await self._metadata.rows("SELECT backend FROM snapshots WHERE snapshotter = ?", (snapshotter,))
         self.discard(snapshotter, there - {row[0] for row in rows} - self._making)
         await self.drain(snapshotter)
-        await self._run_slow(backend.cleanup)
+        await self._run_slow(snapshotter, backend.cleanup)
 
     async def sweep(self) -> tuple[int, int]:
         """Make files and records agree, before anything is served: what a crash left.
 
         Returns how many snapshots without a record, and records without a snapshot, it removed.
         """
-        found = [await self._sweep(name) for name in self.names]
+        found = [await self._sweep(name) for name in self.names if name not in self._proxies]
+        for name in self._proxies:
+            self._in_background(self._meet(name))
         return sum(orphans for orphans, _ in found), sum(lost for _, lost in found)
 
     def discard(self, snapshotter: str, backend_keys: Iterable[str]) -> None:
@@ -250,8 +260,8 @@ class SnapshotStore:
             self._draining[snapshotter] = asyncio.get_running_loop().create_task(self._drain(snapshotter))
 
     async def drain(self, snapshotter: str | None = None) -> None:
-        """Wait until what was discarded is gone, as far as it can go."""
-        for name in [snapshotter] if snapshotter else self.names:
+        """Wait until what was discarded is gone, as far as it can go; of all snapshotters but proxies, or of one."""
+        for name in [snapshotter] if snapshotter else [each for each in self.names if each not in self._proxies]:
             self.discard(name, ())
             task = self._draining.get(name)
             if task is not None:
@@ -259,13 +269,16 @@ class SnapshotStore:
 
     async def close(self) -> None:
         """End the threads and close the snapshotters. What is not removed yet is found at the next start."""
+        for proxy in self._proxies.values():
+            proxy.close()  # calls under way end with it
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for task in self._draining.values():
             task.cancel()
         await asyncio.gather(*self._draining.values(), return_exceptions=True)
         self._slow.shutdown(wait=True)
         for name, backend in self._snapshotters.items():
-            await self._run(name, backend.close)
+            if name not in self._proxies:
+                await self._run(name, backend.close)
             self._threads[name].shutdown(wait=True)
 
     # -- inner things
@@ -278,6 +291,31 @@ class SnapshotStore:
         garbage = there - {row[0] for row in rows}
         self.discard(snapshotter, garbage)
         return len(garbage), lost
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _meet(self, snapshotter: str) -> None:
+        """What `_sweep` does, for a proxy, which may not be there yet: commits are settled, what is nobody's goes. A
+        record whose snapshot isn't there stays: the other side may have lost it for a while only."""
+        query = "SELECT namespace, key, backend FROM snapshots WHERE snapshotter = ? AND origin <> ''"
+        pending = await self._metadata.rows(query, (snapshotter,))
+        backend = self._backend(snapshotter)
+        try:
+            there = await self._run(snapshotter, lambda: {info.name for info in backend.walk()})
+
+            def settle(db: sqlite3.Connection) -> None:
+                for namespace, name, key in pending:
+                    end = end_commit if key in there else undo_commit
+                    end(db, Scope(namespace, snapshotter), name)
+
+            if pending:
+                await self._metadata.write(settle, alone=True)
+            await self.cleanup(snapshotter)
+        except WherryError as error:
+            log.warning("proxied snapshotter doesn't answer", snapshotter=snapshotter, error=error.message)
 
     async def _make(
         self, kind: pb.Kind, scope: Scope, key: str, parent: str, labels: Mapping[str, str] | None
@@ -335,7 +373,7 @@ class SnapshotStore:
             inherited = _inherited(info.labels)
             try:
                 with _called({record.backend: key, target: name, below: parent}):
-                    await self._run_slow(lambda: backend.commit(target, record.backend, inherited, below))
+                    await self._run_slow(snapshotter, lambda: backend.commit(target, record.backend, inherited, below))
             except WherryError:
                 await self._metadata.write(lambda db: undo_commit(db, scope, name))
                 raise
@@ -429,9 +467,10 @@ class SnapshotStore:
         """Run short work of a snapshotter in its thread. A cancelled caller's work is done all the same."""
         return await asyncio.get_running_loop().run_in_executor(self._threads[snapshotter], work)
 
-    async def _run_slow(self, work: Callable[[], T]) -> T:
+    async def _run_slow(self, snapshotter: str, work: Callable[[], T]) -> T:
         """Run what walks trees or waits for the disk, beside what containers' starts wait for."""
-        return await asyncio.get_running_loop().run_in_executor(self._slow, work)
+        threads = self._threads[snapshotter] if snapshotter in self._proxies else self._slow
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from wherry.daemon.snapshots import SnapshotStore
 from wherry.daemon.transfer_image import add_labels
 from wherry.daemon.transfer_progress import Progress
 from wherry.snapshotter.applier import Applier
+from wherry.snapshotter.limits import too_many
 
 # snapshotters that set a snapshot on its parent at the commit
 REBASING = frozenset({"overlayfs"})
@@ -62,6 +63,9 @@ class Unpacker:
                 f"mismatched image rootfs and manifest layers: {len(task.diff_ids)} diff ids, "
                 f"{len(task.layers)} layers: invalid argument"
             )
+        limit = self._applier.limits.image_layers
+        if 0 < limit < len(task.layers):
+            raise too_many(f"the image has {len(task.layers)} layers", limit, "image_layers")
         if not task.layers:
             return ""
         chains = chain_ids(task.diff_ids)

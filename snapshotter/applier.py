@@ -17,6 +17,7 @@ from wherry.core import mediatypes
 from wherry.core.errors import Code, Internal, InvalidArgument, NotFound, Unavailable, Unimplemented, from_code
 from wherry.linux.mounts import Mount
 from wherry.snapshotter.below import record_implied
+from wherry.snapshotter.limits import NO_LIMITS, Limits
 
 IDLE_SECONDS = 5.0
 """A worker without work is ended after that: it costs 10 MB and comes back in a tenth of a second."""
@@ -59,8 +60,11 @@ class Applier:
     kills its worker. In every case nothing is left mounted: a worker's mounts live in its own mount namespace.
     """
 
-    def __init__(self, *, parallel: int | None = None) -> None:
-        """`parallel`: how many layers at once, others wait for their turn; as many as there are processors."""
+    def __init__(self, *, parallel: int | None = None, limits: Limits = NO_LIMITS, sync_fs: bool = False) -> None:
+        """`parallel`: how many layers at once, others wait for their turn; as many as there are processors. `limits`
+        hold for each layer. `sync_fs`: sync each, whether a call asks for it or not."""
+        self.limits = limits
+        self._sync = sync_fs
         self._turns = asyncio.Semaphore(parallel or len(os.sched_getaffinity(0)))
         self._ids = itertools.count(1)
         self._starting = asyncio.Lock()
@@ -75,7 +79,6 @@ class Applier:
         media_type: str,
         *,
         expected: str | None = None,
-        max_size: int | None = None,
         progress: Callable[[int], None] | None = None,
         sync_fs: bool = False,
         overlay: bool | None = None,
@@ -84,19 +87,20 @@ class Applier:
 
         `source` is a path, or a descriptor that is read to its end from where it stands (a file, a pipe: downloading
         and unpacking may overlap); the caller keeps and closes its own. `expected` is the diff ID that must come out
-        (a mismatch is found at the end: don't commit the snapshot after an error). `max_size` limits the uncompressed
-        bytes. `progress` is called with the uncompressed bytes done so far, a few times a second. `sync_fs` writes
-        the file system to disk before it returns. `overlay=True` says that the tree is a layer of an overlay though
-        it is mounted alone (it will be set on its parent at the commit): whiteouts are then kept as overlay's.
+        (a mismatch is found at the end: don't commit the snapshot after an error). `progress` is called with the
+        uncompressed bytes done so far, a few times a second. `sync_fs` writes the file system to disk before it
+        returns. `overlay=True` says that the tree is a layer of an overlay though it is mounted alone (it will be set
+        on its parent at the commit): whiteouts are then kept as overlay's.
         """
         message = {
             "op": "apply",
             "mounts": _listed(mounts),
             "compressed": _is_compressed(media_type),
             "expected": expected,
-            "max_size": max_size,
+            "layer_bytes": self.limits.layer_bytes,
+            "layer_entries": self.limits.layer_entries,
             "progress": progress is not None,
-            "sync": sync_fs,
+            "sync": sync_fs or self._sync,
             "overlay": overlay,
         }
         answer = await self._run(message, source, os.O_RDONLY, progress)

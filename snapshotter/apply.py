@@ -18,6 +18,7 @@ from contextlib import suppress
 from wherry.core.errors import InvalidArgument
 from wherry.snapshotter import tar
 from wherry.snapshotter.below import ROOT, adopt, copy_up, is_below
+from wherry.snapshotter.limits import too_many
 from wherry.snapshotter.roots import Root
 from wherry.snapshotter.tar import Member, TarReader
 
@@ -43,8 +44,10 @@ class LayerApplier:
     Errors: InvalidArgument for what an archive must not say; OSError from the file system, with the member's name.
     """
 
-    def __init__(self, reader: TarReader, root: Root) -> None:
+    def __init__(self, reader: TarReader, root: Root, *, limit: int = 0) -> None:
+        """`limit`: how many members there may be; 0: as many as there are."""
         self._reader = reader
+        self._limit = limit
         self._root = root
         self._directories: dict[bytes, int] = {}
         self._stale: list[int] = []
@@ -67,10 +70,13 @@ class LayerApplier:
     def run(self) -> int:
         """Apply all members and return their count."""
         count = 0
+        stop = self._limit + 1 if self._limit else -1
         reader = self._reader
         try:
             for member in reader:
                 count += 1
+                if count == stop:
+                    raise too_many(f"the layer has {count} entries or more", self._limit, "layer_entries")
                 name = member.name
                 try:
                     self._apply(member, name if is_clean(name) else clean(name))

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--root", metavar="FOLDER", required=True, help="where the snapshots are kept")
         command.add_argument("--gid", type=int, default=os.getegid(), help="group that may connect (default: nobody)")
         command.add_argument("--async-remove", action="store_true", help="files of removed ones wait for Cleanup")
+        command.add_argument("--sync-remove", action="store_true", help="files are gone when a removal is answered")
         command.add_argument("--log-level", "-l", choices=tuple(_LEVELS), default="info")
         if name == "overlayfs":
             command.add_argument(
@@ -74,12 +75,13 @@ def _parser() -> argparse.ArgumentParser:
 def _open(options: argparse.Namespace) -> DirectorySnapshotter:
     root = os.path.abspath(options.root)
     if options.kind == "native":
-        return NativeSnapshotter(root, async_remove=options.async_remove)
+        return NativeSnapshotter(root, async_remove=options.async_remove, sync_remove=options.sync_remove)
     return OverlaySnapshotter(
         root,
         upperdir_label=options.upperdir_label,
         mount_options=options.mount_option,
         async_remove=options.async_remove,
+        sync_remove=options.sync_remove,
         slow_chown=options.slow_chown,
     )
 

@@ -45,10 +45,11 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 class DirectorySnapshotter:
     """The base of `OverlaySnapshotter` and `NativeSnapshotter`; the contract is `interface.Snapshotter`.
 
-    `async_remove`: the directories of removed snapshots wait for `cleanup()`; otherwise a thread deletes them at once.
+    The directories of removed snapshots are deleted by a thread at once; `async_remove`: they wait for `cleanup()`;
+    `sync_remove`: they are gone when `remove` returns.
     """
 
-    def __init__(self, root: str, *, async_remove: bool = False) -> None:
+    def __init__(self, root: str, *, async_remove: bool = False, sync_remove: bool = False) -> None:
         if not os.path.isabs(root):
             raise InvalidArgument(f"a snapshotter's root must be an absolute path: {root}")
         self.root = root
@@ -63,6 +64,7 @@ class DirectorySnapshotter:
             os.close(self._held)
             raise
         self.remaps = remap.supported()
+        self._sync_remove = sync_remove
         self._janitor = None if async_remove else _Janitor(self._metadata)
         if self._janitor is not None:
             for directory in self._garbage():
@@ -151,7 +153,9 @@ class DirectorySnapshotter:
     def remove(self, key: str) -> None:
         with self._metadata.write():
             record = self._metadata.remove(key)
-        if self._janitor is not None:
+        if self._sync_remove:
+            self._discard(self.directory(record.id))
+        elif self._janitor is not None:
             self._janitor.delete(self.directory(record.id))
 
     def walk(self, filters: Sequence[str] = ()) -> Iterator[Info]:

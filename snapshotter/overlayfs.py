@@ -44,6 +44,7 @@ class OverlaySnapshotter(DirectorySnapshotter):
         upperdir_label: bool = False,
         mount_options: Sequence[str] = (),
         async_remove: bool = False,
+        sync_remove: bool = False,
         slow_chown: bool = False,
         check: bool = True,
     ) -> None:
@@ -52,7 +53,7 @@ class OverlaySnapshotter(DirectorySnapshotter):
         os.makedirs(root, mode=0o700, exist_ok=True)
         if check:
             check_support(root)
-        super().__init__(root, async_remove=async_remove)
+        super().__init__(root, async_remove=async_remove, sync_remove=sync_remove)
         self.remaps = not slow_chown and remap.supported()
         self._upperdir_label = upperdir_label
         self._options = default_options(mount_options)

@@ -18,7 +18,8 @@ from typing import IO, cast
 import zstandard
 from isal import igzip_lib
 
-from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
+from wherry.core.errors import InvalidArgument, WherryError
+from wherry.snapshotter.limits import too_many
 
 CHUNK = 256 << 10
 """Small enough to stay in the processor's cache from the inflating to the hashing to the writing."""
@@ -39,14 +40,14 @@ class Stream:
     """The uncompressed chunks of what `fd` holds from where it stands.
 
     `compressed`: look for gzip or zstd by their first bytes, anything else is taken as it is. `get()` returns the next
-    chunk, b"" at the end, and raises InvalidArgument for a damaged stream, ResourceExhausted past `max_size` bytes.
-    When the end was reached, `digest` and `size` are those of all chunks.
+    chunk, b"" at the end, and raises InvalidArgument for a damaged stream, ResourceExhausted past `limit` bytes (0:
+    none). When the end was reached, `digest` and `size` are those of all chunks.
     """
 
-    def __init__(self, fd: int, *, compressed: bool, max_size: int | None = None) -> None:
+    def __init__(self, fd: int, *, compressed: bool, limit: int = 0) -> None:
         self._fd = fd
         self._compressed = compressed
-        self._max_size = max_size
+        self._limit = limit
         self._queue: queue.Queue[bytes] = queue.Queue(AHEAD)
         self._error: Exception | None = None
         self._hash = hashlib.sha256()
@@ -73,10 +74,8 @@ class Stream:
             put = self._queue.put
             for chunk in self._chunks():
                 self.size += len(chunk)
-                if self._max_size is not None and self.size > self._max_size:
-                    raise ResourceExhausted(
-                        f"the layer is larger than the limit of {self._max_size} bytes: resource exhausted"
-                    )
+                if 0 < self._limit < self.size:
+                    raise too_many(f"the layer has {self.size} bytes or more", self._limit, "layer_bytes")
                 update(chunk)
                 put(chunk)
         except WherryError as error:

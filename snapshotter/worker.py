@@ -23,6 +23,7 @@ import gc
 import hashlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -43,6 +44,7 @@ from wherry.linux import syscalls as sc
 from wherry.linux.mounts import Mount
 from wherry.snapshotter.apply import LayerApplier
 from wherry.snapshotter.diff import write_diff
+from wherry.snapshotter.limits import MEMORY
 from wherry.snapshotter.roots import enter
 from wherry.snapshotter.stream import Stream
 from wherry.snapshotter.tar import TarReader
@@ -53,6 +55,7 @@ PROGRESS_BYTES = 4 << 20
 """Progress is told each time that many more bytes are done."""
 PR_SET_PDEATHSIG = 1
 
+_NO_MEMORY = f"the layer needs more memory than its process gets ({MEMORY >> 20} MiB): resource exhausted"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _ARCHIVES = frozenset({errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY})
 
@@ -137,6 +140,7 @@ def _run_child(message: dict[str, Any], file: int, result: int, parent: int) -> 
             os._exit(1)  # it died before that was set
         gc.disable()  # the work makes no cycles, and looking for them costs time
         os.umask(0)
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         seal()
         answer = _outcome(message, file, result)
         _tell(result, answer)
@@ -169,7 +173,7 @@ def _outcome(message: dict[str, Any], file: int, result: int) -> dict[str, Any]:
         explained = explain(error)
         return {"error": [int(explained.code), explained.message]}
     except MemoryError:
-        return {"error": [int(Code.RESOURCE_EXHAUSTED), "no memory left for the layer: resource exhausted"]}
+        return {"error": [int(Code.RESOURCE_EXHAUSTED), _NO_MEMORY]}
     except Exception as error:  # noqa: BLE001 - the caller must hear of a bug too, in words
         return {"error": [int(Code.INTERNAL), f"{type(error).__name__}: {error}"]}
 
@@ -198,9 +202,9 @@ def mounts_of(listed: list[list[Any]]) -> list[Mount]:
 
 def _apply(message: dict[str, Any], file: int, tell: Callable[[int], None]) -> dict[str, Any]:
     root = enter(mounts_of(message["mounts"]), overlay=message["overlay"])
-    stream = Stream(file, compressed=message["compressed"], max_size=message["max_size"])
+    stream = Stream(file, compressed=message["compressed"], limit=message["layer_bytes"])
     reader = TarReader(_counted(stream, tell) if message["progress"] else stream.get)
-    applier = LayerApplier(reader, root)
+    applier = LayerApplier(reader, root, limit=message["layer_entries"])
     entries = applier.run()
     reader.drain()
     expected = message["expected"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import socket
 import struct
 import threading
 import time
@@ -57,6 +58,7 @@ class GrpcClient:
         self._max = max_message
         self._lock = threading.Lock()
         self._idle: list[_Connection] = []
+        self._busy: set[_Connection] = set()
         self._closed = False
 
     def call(
@@ -90,10 +92,12 @@ class GrpcClient:
         return self._run(find_method(service, name), request, timeout, metadata)
 
     def close(self) -> None:
-        """Close what is idle; calls under way end by themselves."""
+        """Close the connections; calls under way end as Unavailable."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+            for connection in self._busy:
+                connection.abort()
         for connection in idle:
             connection.close()
 
@@ -132,10 +136,15 @@ class GrpcClient:
             )
             chosen = _Connection(self.path, left, self._max)
         chosen.deadline = deadline
+        with self._lock:
+            self._busy.add(chosen)
+            if self._closed:
+                chosen.abort()
         return chosen
 
     def _give_back(self, connection: _Connection, *, good: bool) -> None:
         with self._lock:
+            self._busy.discard(connection)
             if good and connection.reusable and not self._closed and len(self._idle) < _KEPT:
                 self._idle.append(connection)
                 return
@@ -181,6 +190,11 @@ class _Connection:
         except (WherryError, OSError):
             return False
         return not self._going_away
+
+    def abort(self) -> None:
+        """From another thread: whoever waits for this connection hears of its end."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

@@ -114,7 +114,6 @@ version = 3
     assert read.proxy_plugins["stargz"].exports == {"root": "/var/lib/stargz"}
     assert [warning.split(": ")[1] for warning in read.warnings] == [
         'plugins."io.containerd.cri.v1.runtime"',
-        "proxy_plugins",
     ]
 
 
@@ -146,9 +145,7 @@ OVERLAYFS, NATIVE = "io.containerd.snapshotter.v1.overlayfs", "io.containerd.sna
         ('[stream_processors."mine"]\npath = "x"', "stream_processors.mine.path"),
         ('[timeouts]\n"io.containerd.timeout.bolt.open" = "5s"', 'timeouts."io.containerd.timeout.bolt.open"'),
         ('[timeouts]\n"shim.lode" = "5s"', 'timeouts."shim.lode"'),
-        ('[proxy_plugins.x]\ntype = "snapshot"', "proxy_plugins"),
-        (f'[plugins."{OVERLAYFS}"]\nsync_remove = true', f'plugins."{OVERLAYFS}".sync_remove'),
-        (f'[plugins."{OVERLAYFS}"]\nslow_chown = true', f'plugins."{OVERLAYFS}".slow_chown'),
+        ('[proxy_plugins.x]\ntype = "content"\naddress = "/x"', 'proxy_plugins."x"'),
         (f'[plugins."{SHIM}"]\nplatforms = ["plan9/mips"]', f'plugins."{SHIM}".platforms'),
         (f'[plugins."{SHIM}"]\nsched_core = true', f'plugins."{SHIM}".sched_core'),
         (f'[plugins."{TRANSFER}"]\nmax_concurrent_unpacks = 4', f'plugins."{TRANSFER}".max_concurrent_unpacks'),
@@ -156,10 +153,6 @@ OVERLAYFS, NATIVE = "io.containerd.snapshotter.v1.overlayfs", "io.containerd.sna
         (
             '[plugins."io.containerd.service.v1.diff-service"]\ndefault = ["a"]',
             'plugins."io.containerd.service.v1.diff-service".default',
-        ),
-        (
-            '[plugins."io.containerd.differ.v1.walking"]\nsync_fs = true',
-            'plugins."io.containerd.differ.v1.walking".sync_fs',
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -257,6 +258,57 @@ class SnapshotterSuite:
         assert snapshotter.usage("n") == usage
         snapshotter.view("v", "n")
         assert snapshotter.usage("v") == Usage()
+
+    # other owners
+
+    def test_a_remapped_snapshot_shows_other_owners_and_touches_no_file(
+        self, snapshotter: Snapshotter, tmp_path: Path
+    ) -> None:
+        if not getattr(snapshotter, "remaps", True):
+            pytest.skip("leaves it to its clients")
+
+        def fill(tree: Path) -> None:
+            for name, owner in (("root", 0), ("user", 1000), ("outside", 70000)):
+                (tree / name).write_text(name)
+                os.chown(tree / name, owner, owner)
+            (tree / "d").mkdir()
+
+        def owners(tree: Path) -> dict[str, tuple[int, int]]:
+            found = {name: (tree / name).lstat() for name in (".", *os.listdir(tree))}
+            return {name: (status.st_uid, status.st_gid) for name, status in found.items()}
+
+        layer(snapshotter, tmp_path / "m", "one", "", fill)
+        layer(snapshotter, tmp_path / "m", "two", "one", write("more", "m"))
+        labels = {
+            "containerd.io/snapshot/uidmapping": "0:100000:65536",
+            "containerd.io/snapshot/gidmapping": "0:200000:1000,1000:300000:64536",
+        }
+        zero, user, nobody = (100000, 200000), (101000, 300000), (65534, 65534)
+        expected = {".": zero, "root": zero, "user": user, "outside": nobody, "d": zero}
+        for kind, make in (("x", snapshotter.prepare), ("v", snapshotter.view)):
+            for parent, more in (("one", {}), ("two", {"more": zero})):
+                with mounted(make(f"{kind}{parent}", parent, labels), tmp_path / "m") as tree:
+                    assert owners(tree) == {**expected, **more}, (kind, parent)
+        with mounted(snapshotter.mounts("xtwo"), tmp_path / "m") as tree:
+            # what a container's root does, whom the host sees as 100000
+            subprocess.run(
+                ["setpriv", "--reuid=100000", "--regid=200000", "--clear-groups", "mkdir", "made"], cwd=tree, check=True
+            )
+            assert owners(tree)["made"] == zero
+        with mounted(snapshotter.view("plain", "two"), tmp_path / "m") as tree:
+            assert owners(tree)["user"] == (1000, 1000)
+            assert "made" not in os.listdir(tree)
+
+    def test_a_mapping_that_is_none_is_refused(self, snapshotter: Snapshotter) -> None:
+        if not getattr(snapshotter, "remaps", True):
+            pytest.skip("leaves it to its clients")
+        uids, gids = "containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"
+        for value in ("", "0", "0:1", "a:b:c", "0:1:-5", "0:1:99999999999", "0:0:1,"):
+            with pytest.raises(InvalidArgument, match="mapping"):
+                snapshotter.prepare("k", labels={uids: value, gids: "0:0:1"})
+        with pytest.raises(InvalidArgument, match="not the other"):
+            snapshotter.prepare("k", labels={uids: "0:0:1"})
+        snapshotter.prepare("k", labels={uids: "0:0:1", gids: "0:0:1"})
 
     # leftovers
 

@@ -20,6 +20,7 @@ from tests.snapshotter.trees import look, mounted, output_of
 from wherry.core.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable, Unimplemented, WherryError
 from wherry.linux.mounts import Mount
 from wherry.snapshotter.applier import Applied, Applier
+from wherry.snapshotter.limits import Limits
 from wherry.snapshotter.native import NativeSnapshotter
 from wherry.snapshotter.overlayfs import OverlaySnapshotter
 
@@ -465,11 +466,38 @@ async def test_a_wrong_diff_id_is_told(applier: Applier, tmp_path: Path) -> None
     await applier.apply(bind(tmp_path / "other"), str(tmp_path / "blob"), PLAIN, expected=digest(GOOD))
 
 
-async def test_a_bomb_meets_the_limit(applier: Applier, tmp_path: Path) -> None:
-    (tmp_path / "blob").write_bytes(gzip.compress(Archive().file("zeros", bytes(50 << 20)).plain))
-    with pytest.raises(ResourceExhausted, match="larger than the limit of 1048576 bytes"):
-        await applier.apply(bind(tmp_path / "tree"), str(tmp_path / "blob"), GZIP, max_size=1 << 20)
-    assert (tmp_path / "tree" / "zeros").stat().st_size <= 1 << 20
+def _many(count: int) -> Archive:
+    archive = Archive()
+    for number in range(count):
+        archive.file(f"f{number}", b"")
+    return archive
+
+
+@pytest.mark.parametrize(
+    ("limits", "archive", "message"),
+    [
+        (
+            Limits(layer_bytes=1 << 20),
+            Archive().file("zeros", bytes(50 << 20)),
+            "limit of 1048576 that limits.layer_bytes",
+        ),
+        (
+            Limits(layer_entries=100),
+            _many(150),
+            "limit of 100 that limits.layer_entries",
+        ),
+    ],
+)
+async def test_a_bomb_meets_the_limit(tmp_path: Path, limits: Limits, archive: Archive, message: str) -> None:
+    applier = Applier(limits=limits)
+    try:
+        (tmp_path / "blob").write_bytes(archive.gzipped)
+        with pytest.raises(ResourceExhausted, match=message):
+            await applier.apply(bind(tmp_path / "tree"), str(tmp_path / "blob"), GZIP)
+    finally:
+        await applier.close()
+    assert sum(path.stat().st_size for path in (tmp_path / "tree").iterdir()) <= 1 << 20
+    assert len(os.listdir(tmp_path / "tree")) <= 100
 
 
 async def test_media_types_that_nobody_reads(applier: Applier, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,12 @@ from tests.snapshotter.suite import SnapshotterSuite, layer, write
 from tests.snapshotter.trees import mounted
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from wherry.linux.mounts import Mount
+from wherry.proto.grpc.server import GrpcServer
 from wherry.snapshotter.interface import Kind, Snapshotter
 from wherry.snapshotter.native import NativeSnapshotter
 from wherry.snapshotter.overlayfs import UPPERDIR_LABEL, OverlaySnapshotter
+from wherry.snapshotter.proxy import ProxySnapshotter
+from wherry.snapshotter.service import SnapshotterService
 
 
 class TestOverlay(SnapshotterSuite):
@@ -29,18 +35,27 @@ class TestOverlay(SnapshotterSuite):
         made.close()
 
 
-class TestOverlayWithAllOptions(SnapshotterSuite):
-    @pytest.fixture
-    def snapshotter(self, tmp_path: Path) -> Iterator[Snapshotter]:
-        made = OverlaySnapshotter(str(tmp_path / "root"), mount_options=["xino=off"], async_remove=True)
+class TestOverlayWithOptions(SnapshotterSuite):
+    """Each option that changes how it works, by itself; `upperdir_label` changes what it shows and has its own test."""
+
+    @pytest.fixture(
+        params=[
+            {"mount_options": ["xino=off", "metacopy=off"], "async_remove": True},
+            {"sync_remove": True},
+            {"slow_chown": True},
+        ],
+        ids="+".join,
+    )
+    def snapshotter(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
+        made = OverlaySnapshotter(str(tmp_path / "root"), **request.param)
         yield made
         made.close()
 
 
 class TestNative(SnapshotterSuite):
-    @pytest.fixture
-    def snapshotter(self, tmp_path: Path) -> Iterator[Snapshotter]:
-        made = NativeSnapshotter(str(tmp_path / "root"))
+    @pytest.fixture(params=[{}, {"async_remove": True}, {"sync_remove": True}], ids="+".join)
+    def snapshotter(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
+        made = NativeSnapshotter(str(tmp_path / "root"), **request.param)
         yield made
         made.close()
 
@@ -51,6 +66,46 @@ class TestNative(SnapshotterSuite):
         with pytest.raises(Unimplemented):
             snapshotter.commit("top", "k", parent="base")
         assert snapshotter.stat("k").kind is Kind.ACTIVE
+
+
+class TestServed(SnapshotterSuite):
+    """The same over a socket: what serves one to others, and what uses others' (proxy plugins)."""
+
+    @pytest.fixture(params=[OverlaySnapshotter, NativeSnapshotter], ids=["overlayfs", "native"])
+    def snapshotter(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Snapshotter]:
+        address = str(tmp_path / "s.sock")
+        with served(request.param(str(tmp_path / "root")), address):
+            proxy = Proxy(address, "test")
+            proxy.root = str(tmp_path / "root")
+            yield proxy
+            proxy.close()
+
+
+class Proxy(ProxySnapshotter):
+    root: str
+
+
+@contextmanager
+def served(snapshotter: Snapshotter, address: str) -> Iterator[None]:
+    """Serve it from a thread of this process."""
+    loop = asyncio.new_event_loop()
+    service = SnapshotterService(snapshotter)
+    server = GrpcServer([service])
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(work: Coroutine[object, object, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, loop).result(30)
+
+    run(server.serve_unix(address))
+    try:
+        yield
+    finally:
+        run(server.stop(0))
+        run(service.close())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def empties(directory: Path) -> bool:

@@ -1,0 +1,73 @@
+"""The snapshotters of a daemon: those that are built in, and other people's behind sockets (`[proxy_plugins]`)."""
+
+from __future__ import annotations
+
+import os
+
+from wherry.core import platforms
+from wherry.core.errors import InvalidArgument
+from wherry.daemon.config import Config
+from wherry.daemon.config import Snapshotter as Options
+from wherry.daemon.metadata import Metadata
+from wherry.daemon.plugins import Plugins
+from wherry.snapshotter import remap
+from wherry.snapshotter.interface import Snapshotter
+from wherry.snapshotter.native import NativeSnapshotter
+from wherry.snapshotter.overlayfs import OverlaySnapshotter
+from wherry.snapshotter.proxy import ProxySnapshotter
+
+KIND = "io.containerd.snapshotter.v1"
+BUILT_IN = frozenset(("native", "overlayfs"))
+
+
+def load_local(plugins: Plugins, config: Config) -> dict[str, Snapshotter]:
+    """The built-in ones that work here; why another doesn't is kept with its plugin."""
+    found: dict[str, Snapshotter] = {}
+    here = [platforms.host()]
+
+    def root(name: str, options: Options) -> str:
+        return options.root_path or os.path.join(config.root, "snapshotter", name)
+
+    if plugins.enabled(KIND, "native"):
+        folder = root("native", config.native)
+        capabilities = [remap.CAPABILITY] if remap.supported() else []
+        with plugins.load(
+            KIND, "native", platforms=here, exports={"root": folder}, capabilities=capabilities, optional=True
+        ):
+            found["native"] = NativeSnapshotter(folder)
+    if plugins.enabled(KIND, "overlayfs"):
+        options = config.overlayfs
+        folder = root("overlayfs", options)
+        capabilities = [remap.CAPABILITY] if remap.supported() and not options.slow_chown else []
+        with plugins.load(
+            KIND, "overlayfs", platforms=here, exports={"root": folder}, capabilities=capabilities, optional=True
+        ):
+            found["overlayfs"] = OverlaySnapshotter(
+                folder,
+                upperdir_label=options.upperdir_label,
+                mount_options=options.mount_options,
+                sync_remove=options.sync_remove,
+                slow_chown=options.slow_chown,
+            )
+    return found
+
+
+async def load_proxies(plugins: Plugins, config: Config, metadata: Metadata) -> dict[str, Snapshotter]:
+    """Those behind sockets; nobody is asked yet, so one that isn't there keeps nothing from starting."""
+    found: dict[str, Snapshotter] = {}
+    for name, options in config.proxy_plugins.items():
+        if options.type != "snapshot" or not plugins.enabled(KIND, name):
+            continue
+        rows = await metadata.rows("SELECT DISTINCT namespace FROM snapshots WHERE snapshotter = ?", (name,))
+        with plugins.load(
+            KIND,
+            name,
+            platforms=[platforms.parse(options.platform) if options.platform else platforms.host()],
+            exports={**options.exports, "address": options.address},
+            capabilities=options.capabilities,
+            optional=True,
+        ):
+            if name in BUILT_IN:
+                raise InvalidArgument(f'proxy_plugins."{name}": there is a built-in snapshotter of that name')
+            found[name] = ProxySnapshotter(options.address, name, namespaces=[row[0] for row in rows])
+    return found
