@@ -89,6 +89,10 @@ class SnapshotStore:
         """The snapshotters there are."""
         return sorted(self._snapshotters)
 
+    def rebases(self, snapshotter: str) -> bool:
+        """Whether a snapshot that was prepared without a parent may be set on one at its commit."""
+        return self._backend(snapshotter).rebases
+
     async def stat(self, namespace: str, snapshotter: str, key: str) -> pb.Info:
         """What is known of a snapshot, with the labels that the snapshotter itself shows. Raises NotFound."""
         record = self._record(namespace, snapshotter, key)

@@ -56,7 +56,8 @@ async def load_proxies(plugins: Plugins, config: Config, metadata: Metadata) -> 
     """Those behind sockets; nobody is asked yet, so one that isn't there keeps nothing from starting."""
     found: dict[str, Snapshotter] = {}
     for name, options in config.proxy_plugins.items():
-        if options.type != "snapshot" or not plugins.enabled(KIND, name):
+        # a built-in one's name is free where that one is disabled
+        if options.type != "snapshot" or not (plugins.enabled(KIND, name) or name in BUILT_IN):
             continue
         rows = await metadata.rows("SELECT DISTINCT namespace FROM snapshots WHERE snapshotter = ?", (name,))
         with plugins.load(
@@ -67,7 +68,7 @@ async def load_proxies(plugins: Plugins, config: Config, metadata: Metadata) -> 
             capabilities=options.capabilities,
             optional=True,
         ):
-            if name in BUILT_IN:
+            if name in BUILT_IN and plugins.enabled(KIND, name):
                 raise InvalidArgument(f'proxy_plugins."{name}": there is a built-in snapshotter of that name')
             found[name] = ProxySnapshotter(options.address, name, namespaces=[row[0] for row in rows])
     return found

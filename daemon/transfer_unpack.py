@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest, chain_ids
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted, Unavailable, WherryError
-from wherry.core.labels import GC_REF_SNAPSHOT, SNAPSHOT_REF, UNCOMPRESSED
+from wherry.core.labels import GC_REF_SNAPSHOT, SNAPSHOT_REF
 from wherry.daemon.content import ContentStore
 from wherry.daemon.snapshots import SnapshotStore
 from wherry.daemon.transfer_image import add_labels
 from wherry.daemon.transfer_progress import Progress
+from wherry.daemon.transfer_sharing import Turns
 from wherry.snapshotter.applier import Applier
 from wherry.snapshotter.limits import too_many
-
-# snapshotters that set a snapshot on its parent at the commit
-REBASING = frozenset({"overlayfs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +45,11 @@ class Task:
 class Unpacker:
     """Unpacks images into snapshotters."""
 
-    def __init__(self, content: ContentStore, snapshots: SnapshotStore, applier: Applier) -> None:
+    def __init__(self, content: ContentStore, snapshots: SnapshotStore, applier: Applier, turns: Turns) -> None:
         self._content = content
         self._snapshots = snapshots
         self._applier = applier
+        self._turns = turns
 
     async def unpack(self, task: Task, progress: Progress) -> str:
         """Unpack all layers; returns the chain id of the top one ("" for an image without layers).
@@ -117,7 +116,7 @@ class Unpacker:
         """Apply one layer and commit it once the one below is committed."""
         layer, chain = task.layers[index], chains[index]
         below = chains[index - 1] if index else ""
-        beside = task.snapshotter in REBASING and bool(below) and not done[index - 1].done()
+        beside = self._snapshots.rebases(task.snapshotter) and bool(below) and not done[index - 1].done()
         await task.ready(layer)
         if beside:
             try:
@@ -148,9 +147,6 @@ class Unpacker:
         except BaseException:
             await asyncio.shield(self._remove(task, key))
             raise
-        await add_labels(self._content, task.namespace, layer.digest, {UNCOMPRESSED: task.diff_ids[index]})
-        progress.finish(layer, "extracted")
-        done[index].set_result(None)
 
     async def _apply(self, task: Task, index: int, chain: Digest, parent: str, progress: Progress) -> str:
         """A snapshot with the layer applied; its key, "" where the committed one has come to be meanwhile."""

@@ -49,6 +49,8 @@ class DirectorySnapshotter:
     `sync_remove`: they are gone when `remove` returns.
     """
 
+    rebases = False
+
     def __init__(self, root: str, *, async_remove: bool = False, sync_remove: bool = False) -> None:
         if not os.path.isabs(root):
             raise InvalidArgument(f"a snapshotter's root must be an absolute path: {root}")

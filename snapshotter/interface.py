@@ -69,7 +69,12 @@ class Usage:
 
 
 class Snapshotter(Protocol):
-    """See the module's docstring for the words; every implementation passes `tests/snapshotter/suite.py`."""
+    """See the module's docstring for the words; every implementation passes `tests/snapshotter/suite.py`.
+
+    `rebases`: whether `commit` sets a snapshot that has no parent on the one that it is given.
+    """
+
+    rebases: bool
 
     def stat(self, key: str) -> Info:
         """The snapshot under a key or a name; NotFound if there is none."""

@@ -37,6 +37,8 @@ class OverlaySnapshotter(DirectorySnapshotter):
     FailedPrecondition where the kernel or the file system below `root` can't do overlays (`check`).
     """
 
+    rebases = True
+
     def __init__(
         self,
         root: str,

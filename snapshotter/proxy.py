@@ -7,12 +7,12 @@ The contract is `interface.Snapshotter`; what the other side answers is passed o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 from google.protobuf.message import Message
 
-from wherry.core.errors import FailedPrecondition, Unimplemented
+from wherry.core.errors import Unimplemented, WherryError
 from wherry.linux.mounts import Mount
 from wherry.proto import snapshots_pb2 as pb
 from wherry.proto.grpc.blocking import GrpcClient
@@ -21,6 +21,7 @@ from wherry.snapshotter.interface import Info, Usage
 from wherry.snapshotter.wire import SERVICE, info_from_proto, info_to_proto, mounts_from_proto
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 CALL_SECONDS = 30.0
 """For what a container's start waits for; a mute plugin must not hold up a caller for ever."""
 SLOW_SECONDS = 600.0
@@ -30,6 +31,8 @@ SLOW_SECONDS = 600.0
 class ProxySnapshotter:
     """The snapshotter at `address`, which calls it `name`. Errors are the other side's; Unavailable where nobody is
     there, DeadlineExceeded for one that doesn't answer. It connects at the first call, and again when it was gone."""
+
+    rebases = False
 
     def __init__(self, address: str, name: str, *, namespaces: Iterable[str] = ()) -> None:
         """`namespaces` are those in which there are snapshots of an earlier time: a plugin that wants a namespace with
@@ -78,22 +81,31 @@ class ProxySnapshotter:
 
     def walk(self, filters: Sequence[str] = ()) -> Iterator[Info]:
         request = pb.ListSnapshotsRequest(snapshotter=self._name, filters=filters)
-        try:
-            yield from self._walk(request, {})
-        except FailedPrecondition:
-            # "namespace is required"
-            for namespace in sorted(self._namespaces):
-                yield from self._walk(request, {GRPC_NAMESPACE: namespace})
+        return iter(self._everywhere(lambda metadata: self._list(request, metadata)))
 
-    def _walk(self, request: pb.ListSnapshotsRequest, metadata: Mapping[str, str]) -> Iterator[Info]:
-        for answer in self._client.stream(SERVICE, "List", request, timeout=SLOW_SECONDS, metadata=metadata):
-            for message in cast("pb.ListSnapshotsResponse", answer).info:
-                yield info_from_proto(message)
+    def _list(self, request: pb.ListSnapshotsRequest, metadata: Mapping[str, str]) -> list[Info]:
+        answers = self._client.stream(SERVICE, "List", request, timeout=SLOW_SECONDS, metadata=metadata)
+        return [info_from_proto(info) for answer in answers for info in cast("pb.ListSnapshotsResponse", answer).info]
 
     def cleanup(self) -> None:
         """Ask for it; a plugin that knows nothing of it (containerd's interface leaves it open) has nothing to do."""
-        with contextlib.suppress(Unimplemented, FailedPrecondition):
-            self._client.call(SERVICE, "Cleanup", pb.CleanupRequest(snapshotter=self._name), timeout=SLOW_SECONDS)
+        request = pb.CleanupRequest(snapshotter=self._name)
+
+        def clean(metadata: Mapping[str, str]) -> list[Message]:
+            return [self._client.call(SERVICE, "Cleanup", request, timeout=SLOW_SECONDS, metadata=metadata)]
+
+        with contextlib.suppress(Unimplemented):
+            self._everywhere(clean)
+
+    def _everywhere(self, ask: Callable[[Mapping[str, str]], list[T]]) -> list[T]:
+        """What is asked of no namespace, and of each where the other side wants one."""
+        try:
+            return ask({})
+        except WherryError as error:
+            # containerd's service, whose code for it isn't the same in all calls
+            if "namespace is required" not in error.message:
+                raise
+        return [item for namespace in sorted(self._namespaces) for item in ask({GRPC_NAMESPACE: namespace})]
 
     def close(self) -> None:
         self._client.close()
