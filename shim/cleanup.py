@@ -14,6 +14,7 @@ from wherry.core.errors import WherryError
 from wherry.core.failpoints import reach
 from wherry.linux import mounts
 from wherry.linux.process import is_alive
+from wherry.shim import pinned
 from wherry.shim.container import open_runtime
 from wherry.shim.events import Publisher
 from wherry.shim.log import log
@@ -57,6 +58,8 @@ def clean_up(namespace: str, container_id: str, bundle: str, runtime_root: str =
         _await_death(pid)
     with contextlib.suppress(OSError):
         mounts.unmount_all(f"{bundle}/rootfs")
+    with contextlib.suppress(OSError):
+        pinned.unpin(bundle)
     reach("cleanup.unmounted")
     children.close()
     loop.close()

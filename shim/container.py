@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from wherry.core import errors, typeurl
+from wherry.core.failpoints import reach
 from wherry.core.names import check_identifier
 from wherry.linux import cgroups, mounts
 from wherry.linux.cgroups.layout import V1_CONTROLLERS, Mode, own_cgroups
@@ -26,13 +27,16 @@ from wherry.shim.oci_runtime import (
     unmount_rootfs,
 )
 from wherry.shim.process import Process, Shim
-from wherry.shim.state_files import RuntimeSettings, write_settings
+from wherry.shim.state_files import RuntimeSettings, exit_path, write_settings
 from wherry.shim.states import Operation, State
 from wherry.shim.stdio import Owner, Stdio
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from google.protobuf.any_pb2 import Any as AnyMessage
 
+    from wherry.proto import types_pb2
     from wherry.shim.loop import Exit
 
 # how long the init of a container that never started may take to die of SIGKILL
@@ -94,22 +98,29 @@ class Container:
 
     async def create(self, request: task_v2_pb2.CreateTaskRequest) -> None:
         """Mount, open the streams, let the runtime make the container. What was done is undone if it fails."""
-        self._rootfs = [mounts.Mount(m.type, m.source, m.target, tuple(m.options)) for m in request.rootfs]
+        self._rootfs = self.mounts_of(request.rootfs)
         try:
             if self.settings.binary or self.options.root:
                 write_settings(self.settings)
             await self.init.io.prepare()
+            reach("shim.create.streams")
             if request.checkpoint:
                 self._prepare_restore(request)
                 return
             with self._shim.children:
                 self._made(await self.runtime.create(self.id, self.init.io, self._rootfs))
+            reach("shim.create.made")
             self.init.io.started()
         except BaseException as error:
             await self._undo()
             if isinstance(error, OSError):
                 raise errors.WherryError(f"failed to create task: {error}") from error
             raise
+
+    @staticmethod
+    def mounts_of(messages: Iterable[types_pb2.Mount]) -> list[mounts.Mount]:
+        """Mounts as the API has them."""
+        return [mounts.Mount(m.type, m.source, m.target, tuple(m.options)) for m in messages]
 
     def _made(self, created: Created) -> None:
         self._kill_rest = created.shares_pids
@@ -141,13 +152,16 @@ class Container:
                 text = f"container {self.id} init process is not running: failed precondition"
                 raise errors.FailedPrecondition(text)
             process.starting()
+            reach("shim.start.asked")
             try:
                 if exec_id:
                     await self._start_exec(process)
                 else:
                     await self._start_init()
+                reach("shim.start.executed")
                 process.machine.move(Operation.START)
                 self._publish_start(process)
+                reach("shim.start.told")
             finally:
                 process.started()
         return process
@@ -171,9 +185,11 @@ class Container:
     async def _start_exec(self, process: Process) -> None:
         try:
             await process.io.prepare()
+            reach("shim.exec.streams")
             with self._shim.children:
                 pid = await self.runtime.exec(self.id, process.exec_id, self._specs[process.exec_id], process.io)
                 process.born(pid, partial(self._exec_exited, process))
+            reach("shim.exec.born")
             process.io.started()
         except OSError as error:
             process.failed()
@@ -336,19 +352,23 @@ class Container:
         process.io.close()
         self.execs.pop(process.exec_id, None)
         self._specs.pop(process.exec_id, None)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.bundle}/{process.exec_id}.pid")
+        for path in (f"{self.bundle}/{process.exec_id}.pid", exit_path(self.bundle, process.exec_id)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     async def _delete_init(self) -> None:
         init = self.init
+        reach("shim.delete.asked")
         if init.active:  # created and never started: its init is there and waits
             await self.runtime.delete(self.id, force=True)
             await self._shim.loop.within(_KILL_WAIT, init.ended, f"the end of {self.id}")
         await init.drain()
+        reach("shim.delete.drained")
         for process in self.execs.values():
             process.io.close()
         init.io.close()
         await self.runtime.delete(self.id)
+        reach("shim.delete.deleted")
         self._close_oom()
 
     # -- cgroup ----------------------------------------------------------------------------------------------------

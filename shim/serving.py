@@ -21,6 +21,7 @@ from wherry.shim.log import log
 from wherry.shim.loop import Children, Loop, ignore
 from wherry.shim.oci_runtime import BUNDLED_ROOT
 from wherry.shim.process import Shim
+from wherry.shim.sandbox import SandboxService
 from wherry.shim.server import Server
 from wherry.shim.task import TaskService
 from wherry.shim.template import Template
@@ -102,7 +103,9 @@ class Life:
         self.publisher = Publisher(self.loop, self.children)
         self.shim = Shim(self.loop, self.children, self.publisher)
         self.service = TaskService(self.shim, self._shut_down)
-        self.server = Server(self.loop, self.service.services(), self.publisher.retry_now, self._answered)
+        self.sandbox = SandboxService(self.shim, self.service, self._shut_down)
+        services = {**self.service.services(), **self.sandbox.services()}
+        self.server = Server(self.loop, services, self.publisher.retry_now, self._answered)
         self.template: Template | None = None
         self._resting = False
         self._ending = False

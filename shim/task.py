@@ -35,11 +35,13 @@ class TaskService:
         self._shut_down = shut_down
         self.containers: dict[str, Container] = {}
         self._creating: set[str] = set()
+        self.held = False
+        """The shim has a sandbox, which ends it."""
 
     @property
     def idle(self) -> bool:
-        """True while the shim has no container and none is being made."""
-        return not self.containers and not self._creating
+        """True while the shim has no container, none is being made, and there is no sandbox."""
+        return not self.containers and not self._creating and not self.held
 
     def services(self) -> Services:
         """The handlers under both names."""
