@@ -39,8 +39,16 @@ def run_true(daemon: Daemon, image: str, client: str) -> Callable[[], Sequence[s
     """Makes command lines of `CLIENT run --rm IMAGE NAME true`, each with a new name."""
     flag = "-a" if client == "ctr" else "--address"
     count = iter(range(1_000_000))
-    path = program(client)
-    return lambda: [path, flag, daemon.address, "run", "--rm", image, f"{client}-{os.getpid()}-{next(count)}", "true"]
+    words = [
+        program(client),
+        flag,
+        daemon.address,
+        *(["containers"] if client == "wherry" else []),
+        "run",
+        "--rm",
+        image,
+    ]
+    return lambda: [*words, f"{client}-{os.getpid()}-{next(count)}", "true"]
 
 
 def rates_by_turns(daemons: Sequence[Daemon], image: str, at_once: int, rounds: int = 3) -> list[float]:

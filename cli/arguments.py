@@ -43,7 +43,7 @@ def pairs(items: Iterable[str]) -> dict[str, str]:
 
 def signal_number(text: str) -> int:
     """A signal's number from its number or name (`9`, `KILL`, `SIGKILL`, `RTMIN+3`)."""
-    import signal  # noqa: PLC0415 - few commands need it
+    import signal
 
     if text.isascii() and text.isdigit():
         return int(text)
@@ -59,6 +59,6 @@ def user_secret(text: str) -> str:
     """`name:password`; asks for the password on the terminal where it wasn't given."""
     if not text or ":" in text:
         return text
-    import getpass  # noqa: PLC0415 - rare
+    import getpass
 
     return f"{text}:{getpass.getpass('Password: ')}"

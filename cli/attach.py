@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from wherry.cli import startup
-from wherry.cli.run import AWAY, RETRY
+from wherry.cli.following import AWAY, RETRY
 from wherry.cli.terminal import raw, window
 from wherry.client.blocking import drive
 from wherry.core.errors import NotFound, Unavailable, WherryError
@@ -97,8 +97,22 @@ class Waiter:
 class Attachment:
     """The copying between this process' streams and those of a container's process."""
 
-    def __init__(self, fifos: Fifos | None, waiter: Waiter, client: Client, container: str, exec_id: str = "") -> None:
-        """`fifos` None waits without copying."""
+    def __init__(
+        self,
+        fifos: Fifos | None,
+        waiter: Waiter,
+        client: Client,
+        container: str,
+        exec_id: str = "",
+        *,
+        keys: bytes = b"",
+        stdin: bool = True,
+    ) -> None:
+        """`fifos` None waits without copying. `keys`, typed in a row, end it; without `stdin` our input isn't read."""
+        self._keys = keys
+        self._matched = b""
+        self._left = False
+        self._takes_input = stdin
         self._fifos = fifos
         self._waiter = waiter
         self._client = client
@@ -111,8 +125,8 @@ class Attachment:
         self._typed = b""
         self._watched = -1
 
-    def run(self) -> Exit:
-        """Copies until the process has ended and all of its output was passed on."""
+    def run(self) -> Exit | None:
+        """Copies until the process has ended and all of its output was passed on; None where the keys were typed."""
         startup.settle()
         self._open()
         exit_: Exit | None = None
@@ -128,6 +142,8 @@ class Attachment:
                 return exit_
             if self._step(exit_ is not None):
                 heard = time.monotonic()
+            if self._left and exit_ is None:
+                return None
 
     def _open(self) -> None:
         fifos = self._fifos
@@ -137,7 +153,7 @@ class Attachment:
             if source >= 0:
                 self._outputs[source] = target
                 self._poll.register(source, select.POLLIN)
-        if fifos.stdin >= 0:
+        if fifos.stdin >= 0 and self._takes_input:
             try:
                 os.fstat(0)
             except OSError:
@@ -208,8 +224,20 @@ class Attachment:
             # closing a terminal's input would hang it up and lose output; this is what a person types at the end
             self._poll.unregister(0)
             self._ended = True
-        self._typed += data or END_OF_INPUT
+        self._typed += self._without_keys(data) if data and self._keys else data or END_OF_INPUT
         self._write_input()
+
+    def _without_keys(self, data: bytes) -> bytes:
+        """What was typed, without the detach keys; the beginning of them is held back until it is clear what it is."""
+        passed = b""
+        for value in data:
+            self._matched += bytes((value,))
+            if self._matched == self._keys:
+                self._left = True
+                return passed
+            while self._matched and not self._keys.startswith(self._matched):
+                passed, self._matched = passed + self._matched[:1], self._matched[1:]
+        return passed
 
     def _write_input(self) -> None:
         """Writes what was typed; while the container doesn't read, nothing more is taken from our input."""

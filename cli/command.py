@@ -17,49 +17,75 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """A noun of the command line, or a verb that stands alone (`single`); its module is loaded when it is used."""
+    """A noun of the command line, or a verb that stands alone (`single`); its module is loaded when it is used.
+
+    `bare` is the verb that a noun without one means (`wherry images` lists them), in a module of its own.
+    """
 
     names: tuple[str, ...]
     module: str
     help: str
     single: bool = False
+    bare: str = ""
 
 
-RUNNING = (
-    Group(("run",), "run", "run a command in a new container", single=True),
-    Group(("tasks", "task", "t"), "tasks", "containers that run: start, exec, kill, attach, metrics …"),
-    Group(("containers", "container", "c"), "containers", "containers as records: create, list, remove …"),
+def _verb(name: str, module: str, help: str) -> Group:  # noqa: A002 - as the field is called
+    return Group((name,), module, help, single=True)
+
+
+EVERYDAY = (
+    _verb("run", "run", "run a command in a new container"),
+    _verb("create", "run", "make a container without starting it"),
+    _verb("start", "lifecycle", "start containers that were created or have ended"),
+    _verb("stop", "lifecycle", "stop containers"),
+    _verb("restart", "lifecycle", "stop and start containers"),
+    _verb("kill", "lifecycle", "send a signal to containers"),
+    _verb("rm", "lifecycle", "remove containers"),
+    _verb("ps", "ps", "list containers"),
+    _verb("exec", "exec", "run a further process in a container"),
+    _verb("attach", "exec", "follow a container that runs"),
+    _verb("pause", "lifecycle", "freeze containers"),
+    _verb("unpause", "lifecycle", "let paused containers go on"),
+    _verb("wait", "lifecycle", "wait for containers to end"),
+    _verb("rename", "lifecycle", "give a container another name"),
 )
 IMAGES = (
-    Group(("pull",), "pull", "bring an image from a registry", single=True),
-    Group(("push",), "push", "bring an image to a registry", single=True),
+    _verb("pull", "pull", "bring an image from a registry"),
+    _verb("push", "push", "bring an image to a registry"),
+)
+GROUPED = (
+    Group(("tasks", "task", "t"), "tasks", "containers that run: start, exec, kill, attach, metrics …"),
+    Group(("containers", "container", "c"), "containers", "containers as records: run, create, list, remove …"),
     Group(("images", "image", "i"), "images", "images: list, tag, remove, import, export, mount …"),
     Group(("content",), "content", "blobs of the content store"),
     Group(("snapshots", "snapshot"), "snapshots", "file systems of images and containers"),
-)
-DAEMON = (
     Group(("namespaces", "namespace", "ns"), "namespaces", "the daemon's tenants"),
     Group(("leases",), "leases", "what the garbage collector spares"),
-    Group(("events", "event"), "events", "show what happens as it happens", single=True),
     Group(("plugins", "plugin"), "plugins", "the parts of the daemon"),
     Group(("oci",), "oci", "tools for OCI specifications"),
-    Group(("version",), "version", "versions of client and daemon", single=True),
 )
-GROUPS = (*RUNNING, *IMAGES, *DAEMON)
+DAEMON = (
+    Group(("events", "event"), "events", "show what happens as it happens", single=True),
+    _verb("version", "version", "versions of client and daemon"),
+)
+GROUPS = (*EVERYDAY, *IMAGES, *DAEMON, *GROUPED)
 
 HELP = """usage: wherry [GLOBAL OPTION]... COMMAND [OPTION]...
 
-Runs containers. The commands are those of containerd's ctr, with its names and meanings; the daemon may be wherryd or
-containerd.
+Runs containers. The verbs are those of docker, the nouns below them those of containerd's ctr; the daemon may be
+wherryd or containerd.
 
-running containers:
-{running}
+containers:
+{everyday}
 
-images and what they are made of:
+images:
 {images}
 
 the daemon:
 {daemon}
+
+nouns, with verbs of their own:
+{grouped}
 
 global options:
   -a, --address PATH       the daemon's socket (WHERRY_ADDRESS, CONTAINERD_ADDRESS; {address})
@@ -74,11 +100,11 @@ global options:
   -h, --help               print this; 'wherry COMMAND --help' explains a command
 
 examples:
-  wherry pull docker.io/library/alpine:latest
-  wherry run --rm -t docker.io/library/alpine:latest box sh
-  wherry run -d --memory 256m docker.io/library/redis:7 cache
-  wherry tasks exec --exec-id shell -t cache sh
-  wherry containers ls --format json
+  wherry run --rm -it alpine
+  wherry run -d --name web -p 8080:80 --restart always nginx
+  wherry ps -a --filter status=exited --format '{{{{.Names}}}}: {{{{.Status}}}}'
+  wherry exec -it web sh
+  wherry rm -f web
 """
 
 
@@ -123,8 +149,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(session: Session, command: Command, prog: str, rest: list[str]) -> int:
-    from wherry.cli.table import parser_for  # noqa: PLC0415 - not for `wherry --version`
-    from wherry.client.blocking import drive  # noqa: PLC0415
+    from wherry.cli.table import parser_for
+    from wherry.client.blocking import drive
 
     async def work() -> int:
         args = parser_for(command, prog).parse_args(rest)
@@ -153,7 +179,7 @@ def _run(session: Session, command: Command, prog: str, rest: list[str]) -> int:
 
 def _globals(argv: list[str]) -> tuple[Session | None, list[str]]:
     """The session that the options before the command make, and what follows them; None when they said it all."""
-    from wherry.cli.session import Session  # noqa: PLC0415 - not for `wherry --version`
+    from wherry.cli.session import Session
 
     session = Session()
     rest = list(argv)
@@ -163,7 +189,7 @@ def _globals(argv: list[str]) -> tuple[Session | None, list[str]]:
             sys.stdout.write(_help())
             return None, []
         if option in {"-v", "--version"}:
-            from wherry.cli.version import VERSION  # noqa: PLC0415
+            from wherry.cli.version import VERSION
 
             sys.stdout.write(f"wherry {VERSION}\n")
             return None, []
@@ -196,9 +222,9 @@ def _assign(session: Session, name: str, value: str) -> None:
     if name not in {"timeout", "connect_timeout"}:
         setattr(session, name, value.removeprefix("unix://") if name == "address" else value)
         return
-    import argparse  # noqa: PLC0415
+    import argparse
 
-    from wherry.cli.arguments import duration  # noqa: PLC0415
+    from wherry.cli.arguments import duration
 
     try:
         setattr(session, name, duration(value))
@@ -217,12 +243,14 @@ def _find(rest: list[str]) -> tuple[Command, str, list[str]] | None:
     group = next((group for group in GROUPS if name in group.names), None)
     if group is None:
         raise Usage(f"unknown command {name!r}")
-    from wherry.cli.table import find, overview  # noqa: PLC0415
+    from wherry.cli.table import find, overview
 
-    commands: Sequence[Command] = import_module(f"wherry.cli.{group.module}").COMMANDS
     prog = f"wherry {name}"
+    if group.bare and (not rest or (rest[0].startswith("-") and rest[0] not in {"-h", "--help"})):
+        return import_module(f"wherry.cli.{group.bare}").COMMANDS[0], prog, rest
+    commands: Sequence[Command] = import_module(f"wherry.cli.{group.module}").COMMANDS
     if group.single:
-        return commands[0], prog, rest
+        return find(commands, name) or commands[0], prog, rest
     if not rest or rest[0] in {"-h", "--help", "help"}:
         sys.stdout.write(overview(prog, group.help, commands) + "\n")
         return None
@@ -233,13 +261,17 @@ def _find(rest: list[str]) -> tuple[Command, str, list[str]] | None:
 
 
 def _help() -> str:
-    from wherry.client.address import DEFAULT_ADDRESS  # noqa: PLC0415
+    from wherry.client.address import DEFAULT_ADDRESS
 
     def section(groups: Sequence[Group]) -> str:
-        return "\n".join(f"  {', '.join(group.names):<28} {group.help}" for group in groups)
+        return "\n".join(f"  {', '.join(group.names):<30} {group.help}" for group in groups)
 
     return HELP.format(
-        running=section(RUNNING), images=section(IMAGES), daemon=section(DAEMON), address=DEFAULT_ADDRESS
+        everyday=section(EVERYDAY),
+        images=section(IMAGES),
+        daemon=section(DAEMON),
+        grouped=section(GROUPED),
+        address=DEFAULT_ADDRESS,
     )
 
 

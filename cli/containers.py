@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from wherry.cli import launching
+from wherry.cli import ctr_run, launching
 from wherry.cli.arguments import pairs
 from wherry.cli.output import Column, labels, listing, listing_options, print_json, when
 from wherry.cli.table import Command
@@ -116,6 +116,7 @@ def _delete_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = [
+    *ctr_run.COMMANDS,
     Command(("list", "ls"), "list containers", list_, _list_options, "wherry containers ls 'labels.app==web'"),
     Command(
         ("create",), "make a container without starting it", create, _create_options,

@@ -104,8 +104,8 @@ async def edit(session: Session, args: argparse.Namespace) -> None:
 
 
 def _edited(editor: str, before: bytes, validate: str | None) -> bytes:
-    import subprocess  # noqa: PLC0415 - only this command needs it
-    import tempfile  # noqa: PLC0415
+    import subprocess
+    import tempfile
 
     with tempfile.NamedTemporaryFile(prefix="wherry-edit-") as file:
         file.write(before)
@@ -117,7 +117,7 @@ def _edited(editor: str, before: bytes, validate: str | None) -> bytes:
         with open(file.name, "rb") as edited:
             after = edited.read()
     if validate == "json":
-        import json  # noqa: PLC0415
+        import json
 
         try:
             json.loads(after)

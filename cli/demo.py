@@ -80,7 +80,7 @@ class Demo:
         """Runs a container to its end."""
         say("A container: its output and its exit code")
         script = f"echo hello from $(uname -s), pid $$, $(id -un); ls /; exit {RUN_CODE}"
-        done = self.wherry("run", "--rm", IMAGE, "hello", "sh", "-c", script)
+        done = self.wherry("run", "--rm", "--name", "hello", IMAGE, "sh", "-c", script)
         tell(f"exit code {done.returncode}")
         check("hello from Linux, pid 1, root" in done.stdout, "its output came through")
         check(done.returncode == RUN_CODE, f"its exit code {RUN_CODE} was passed on")
@@ -89,7 +89,9 @@ class Demo:
     def start_counter(self) -> None:
         """Starts a container that runs on."""
         say("A container in the background, that counts")
-        done = self.wherry("run", "-d", "--log-uri", f"file://{self.log}", IMAGE, "counter", "sh", "-c", COUNTER)
+        done = self.wherry(
+            "containers", "run", "-d", "--log-uri", f"file://{self.log}", IMAGE, "counter", "sh", "-c", COUNTER
+        )
         check(done.returncode == 0, "it was started")
         wait_for(lambda: self.ticks() >= 3, "it counts")
         self.pid = self.task()[0]

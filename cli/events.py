@@ -74,7 +74,7 @@ def _start(text: str) -> tuple[int | None, float | None]:
 
 
 def _moment(text: str) -> float:
-    from wherry.cli.moments import moment  # noqa: PLC0415 - rare
+    from wherry.cli.moments import moment
 
     return moment(text)
 

@@ -34,7 +34,7 @@ def snapshotter_option(parser: argparse.ArgumentParser) -> None:
 
 def platform_of(text: str | None) -> Platform | None:
     """A platform that was named, None where none was; raises InvalidArgument."""
-    from wherry.core.platforms import parse  # noqa: PLC0415 - rare
+    from wherry.core.platforms import parse
 
     return parse(text) if text else None
 
@@ -116,7 +116,7 @@ def _run_mount(mount: Mount, target: str) -> None:
 
 async def mount_(session: Session, args: argparse.Namespace) -> None:
     """Mounts an image's file system on a folder; the snapshot behind it has the folder's name."""
-    from wherry.core.labels import GC_ROOT  # noqa: PLC0415
+    from wherry.core.labels import GC_ROOT
 
     client = session.client
     target = _absolute(args.target)

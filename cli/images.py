@@ -90,8 +90,8 @@ def _size(look: Picture) -> int:
 async def _platforms(client: Client, image: Image, look: Picture) -> list[str]:
     if not is_index(image.target.media_type):
         return [str(look.platform)]
-    from wherry.client.manifests import read_json  # noqa: PLC0415 - only for indexes
-    from wherry.core.descriptor import Descriptor  # noqa: PLC0415
+    from wherry.client.manifests import read_json
+    from wherry.core.descriptor import Descriptor
 
     document = await read_json(client.content, image.target)
     found = [Descriptor.from_json(item).platform for item in document.get("manifests") or ()]
@@ -163,7 +163,7 @@ async def label(session: Session, args: argparse.Namespace) -> None:
 
 async def usage(session: Session, args: argparse.Namespace) -> None:
     """Prints what an image uses as content and unpacked."""
-    from wherry.cli.output import print_json  # noqa: PLC0415
+    from wherry.cli.output import print_json
 
     client = session.client
     image = await client.images.find(args.name)

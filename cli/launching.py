@@ -105,7 +105,7 @@ def launch(args: argparse.Namespace) -> Launch:
     rootfs = image if args.rootfs else ""
     platform = None
     if args.platform:
-        from wherry.core.platforms import parse  # noqa: PLC0415 - rare
+        from wherry.core.platforms import parse
 
         platform = parse(args.platform)
     return Launch(
@@ -195,10 +195,10 @@ def _document(path: str) -> dict[str, Any]:
 
 def _runtime_options(args: argparse.Namespace) -> Message | None:
     if args.runtime_config_path:
-        from wherry.client.runtimes import config_options  # noqa: PLC0415 - rare
+        from wherry.client.runtimes import config_options
 
         return config_options(args.runtime_config_path)
-    from wherry.client.runtimes import runc_options  # noqa: PLC0415
+    from wherry.client.runtimes import runc_options
 
     return runc_options(
         binary=args.runc_binary, root=args.runc_root, systemd_cgroup=args.runc_systemd_cgroup, no_pivot=args.no_pivot

@@ -1,247 +1,127 @@
-"""`wherry run`: a container made, started, watched and removed."""
+"""`wherry run` and `wherry create`: a container made from an image, and started."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
-import signal
-import time
-from collections.abc import Awaitable, Callable
+import sys
 from typing import TYPE_CHECKING
 
-from wherry.cli import launching
+from wherry.cli import container_flags
+from wherry.cli.attaching import DETACHED, detach_keys, start_followed
+from wherry.cli.following import OURS, coded, interruptible, patiently, switch
 from wherry.cli.table import Command
-from wherry.client.fifos import Fifos
-from wherry.client.launch import create, remove
-from wherry.client.tasks import Stdio
-from wherry.core.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, WherryError
+from wherry.client import lifecycle
+from wherry.client.recipe import make
+from wherry.core.errors import InvalidArgument, NotFound, WherryError
+from wherry.core.labels import AUTO_REMOVE
 
 if TYPE_CHECKING:
-    from wherry.cli.attach import Waiter
     from wherry.cli.session import Session
-    from wherry.client.api import Client
     from wherry.client.launch import Launched
-    from wherry.client.tasks import PendingTask
-
-# the exit codes of docker's command line, that scripts know: an error of ours, a command that can't be run, none there
-OURS, NOT_RUNNABLE, NO_COMMAND = 125, 126, 127
-# how long a daemon may be away while its containers run on, and between two tries to reach it, in seconds
-AWAY = 120.0
-RETRY = 0.1
-# what waits here is the whole command: there is no event loop that it could hold up
-pause = time.sleep
-
-
-def stream_options(parser: argparse._ActionsContainer) -> None:
-    """Where the streams of a process go."""
-    parser.add_argument("-d", "--detach", action="store_true", help="leave it running in the background")
-    parser.add_argument("-i", "--interactive", action="store_true", help="pass our input on (always done, without -d)")
-    parser.add_argument("--log-uri", default="", metavar="URI", help="output to file:///path or binary:///program")
-    parser.add_argument("--fifo-dir", default="", metavar="DIR", help="folder for the FIFOs")
-    parser.add_argument("--sig-proxy", default=True, type=switch, metavar="BOOL", help="pass signals on (true)")
-
-
-def switch(text: str) -> bool:
-    """A boolean as people write it, for argparse."""
-    if text.lower() in {"1", "true", "yes", "on"}:
-        return True
-    if text.lower() in {"0", "false", "no", "off"}:
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def _configure(parser: argparse.ArgumentParser) -> None:
-    own = parser.add_argument_group("running")
-    own.add_argument("--rm", action="store_true", help="remove the container when it has ended")
-    stream_options(own)
-    own.add_argument("--null-io", action="store_true", help="no input, output thrown away")
-    own.add_argument("--pid-file", default="", metavar="FILE", help="write the process id there")
-    launching.configure(parser)
-
-
-def exit_code_of(error: WherryError) -> int:
-    """The exit code for an error before a process runs: by what runtimes say of a command."""
-    text = error.message.lower()
-    about_command = "exec" in text or "command" in text
-    if about_command and ("not found" in text or "no such file" in text):
-        return NO_COMMAND
-    if about_command and ("permission denied" in text or "is a directory" in text):
-        return NOT_RUNNABLE
-    return OURS
-
-
-@contextlib.contextmanager
-def coded(error_code: int | None = None):  # type: ignore[no-untyped-def] # a context manager without a value
-    """Errors inside leave with docker's exit codes, or with the one given."""
-    try:
-        yield
-    except WherryError as error:
-        error.exit_code = exit_code_of(error) if error_code is None else error_code  # type: ignore[attr-defined]
-        raise
 
 
 async def run(session: Session, args: argparse.Namespace) -> int:
     """Makes, starts and, unless it is detached, follows a container."""
-    # until signals go to the container they end this command, which cleans up behind itself
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    interruptible()
     with coded(OURS):
-        if args.rm and args.detach:
-            raise InvalidArgument("flags --detach and --rm can't be used together")
-        client = session.client
-        launched = await create(client, launching.launch(args))
+        keys = detach_keys(args.detach_keys)
+        launched = await _make(session, args)
+    client, container = session.client, launched.container
     try:
-        status = await run_task(session, launched, args)
+        if args.detach:
+            with coded():
+                await lifecycle.start_new(client, container, launched.mounts)
+            print(container.id)
+            return 0
+        status = await start_followed(
+            session, container, launched.mounts, interactive=args.interactive, signals=args.sig_proxy, keys=keys
+        )
     except BaseException:
         if args.rm:
             # what went wrong first is what a person wants to know
             with contextlib.suppress(WherryError):
-                await remove(client, launched.container)
+                await lifecycle.remove(client, container, force=True, volumes=True)
         raise
+    if status is DETACHED:
+        if args.rm:
+            await client.containers.label(container.id, {AUTO_REMOVE: "true"})
+        return 0
     if args.rm:
-        await patiently(lambda: remove(client, launched.container))
+        await patiently(lambda: lifecycle.remove(client, container, force=True, volumes=True))
     return status
 
 
-async def patiently(call: Callable[[], Awaitable[object]]) -> None:
-    """Removes something that has ended, also when the daemon is away for a moment; gone already is as good."""
-    deadline = time.monotonic() + AWAY
-    while True:
-        try:
-            await call()
-        except NotFound:
-            return
-        except Unavailable:
-            if time.monotonic() > deadline:
-                raise
-            pause(RETRY)
-        else:
-            return
+async def create(session: Session, args: argparse.Namespace) -> None:
+    """Makes a container and prints its id."""
+    with coded(1):
+        args.detach = True
+        launched = await _make(session, args)
+    print(launched.container.id)
 
 
-async def run_task(session: Session, launched: Launched, args: argparse.Namespace) -> int:
-    """Starts a task for a container and follows it; the answer is its exit code (0 when detached)."""
-    client, container = session.client, launched.container
-    process = (container.spec or {}).get("process") or {}
-    tty = bool(process.get("terminal"))
-    fifos, stdio = streams(container.id, args, tty=tty)
-    detached = False
+async def _make(session: Session, args: argparse.Namespace) -> Launched:
+    client = session.client
+    if args.cidfile and os.path.exists(args.cidfile):
+        raise InvalidArgument(f"the file {args.cidfile} of --cidfile is there: remove it, or name another")
+    recipe = container_flags.recipe(
+        args,
+        auto_remove="" if not args.rm else "true" if args.detach else "attached",
+        log_uri=container_flags.log_uri(args, lifecycle.default_log(client.namespace)),
+    )
+    if args.pull == "always":
+        await _pull(session, args)
     try:
-        with coded():
-            creating = client.tasks.creating(container.id, launched.mounts, stdio)
-            # loaded while the daemon is at work
-            from wherry.cli.attach import Waiter  # noqa: PLC0415
-
-            pid = await _created(client, container.id, creating)
-        try:
-            if args.pid_file:
-                _write_pid(args.pid_file, pid)
-            waiter = None if args.detach else Waiter(client, container.id)
-            with coded():
-                await client.tasks.start(container.id)
-            if waiter is None:
-                detached = True
-                return 0
-            status = follow(session, fifos, waiter, container.id, tty=tty, signals=args.sig_proxy)
-        except BaseException:
-            await kill_task(client, container.id)
+        launched = await make(client, recipe)
+    except NotFound as error:
+        if not recipe.image or not await _missing(session, recipe.image):
             raise
-        await patiently(lambda: client.tidying().tasks.delete(container.id))
-        return status
-    finally:
-        if fifos is not None:
-            fifos.release() if detached else fifos.close()
+        if args.pull == "never":
+            raise NotFound(f"{error.message}: 'wherry pull {args.image}' brings it") from None
+        await _pull(session, args)
+        launched = await make(client, recipe)
+    if args.cidfile:
+        with open(args.cidfile, "w", encoding="ascii") as file:
+            file.write(launched.container.id)
+    return launched
 
 
-async def _created(client: Client, container: str, creating: PendingTask) -> int:
-    """The new task's pid; when somebody loses patience meanwhile, the task goes as soon as it is there."""
+async def _missing(session: Session, image: str) -> bool:
     try:
-        return await creating.pid()
-    except DeadlineExceeded:
-        # it may have come to be in the last moment
-        await kill_task(client, container)
-        raise
-    except WherryError:
-        raise
-    except BaseException:
-        with contextlib.suppress(WherryError):
-            await creating.pid()
-        await kill_task(client, container)
-        raise
+        await session.client.images.find(image)
+    except NotFound:
+        return True
+    return False
 
 
-def streams(process: str, args: argparse.Namespace, *, tty: bool) -> tuple[Fifos | None, Stdio]:
-    """The streams that the options ask for: FIFOs, a log, or none."""
-    if getattr(args, "null_io", False):
-        return None, Stdio(terminal=tty)
-    if args.log_uri:
-        uri = args.log_uri if "://" in args.log_uri else f"file://{os.path.abspath(args.log_uri)}"
-        return None, Stdio("", uri, uri, tty)
-    fifos = Fifos(process, stdin=True, terminal=tty, parent=args.fifo_dir)
-    return fifos, fifos.stdio
+async def _pull(session: Session, args: argparse.Namespace) -> None:
+    from wherry.cli.fetching import fetch
+
+    if not args.quiet:
+        sys.stderr.write(f"Unable to find image '{args.image}' locally\n" if args.pull == "missing" else "")
+    await fetch(session, args.image, args.platform, args.snapshotter, quiet=args.quiet)
 
 
-def follow(
-    session: Session,
-    fifos: Fifos | None,
-    waiter: Waiter,
-    container: str,
-    exec_id: str = "",
-    *,
-    tty: bool,
-    signals: bool = True,
-) -> int:
-    """Copies streams and passes signals on until a process has ended; its exit code."""
-    from wherry.cli.attach import Attachment, forwarding, terminal  # noqa: PLC0415 - see `run_task`
-
-    with (
-        forwarding(session, container, exec_id, active=signals),
-        terminal(session, container, exec_id, active=tty and fifos is not None),
-    ):
-        return Attachment(fifos, waiter, session.client, container, exec_id).run().status
-
-
-async def kill_task(client: Client, container: str, exec_id: str = "") -> None:
-    """Ends and removes a process whatever state it is in; what goes wrong hides nothing that went wrong before.
-
-    Also where the command's time is over: this has time of its own.
-    """
-    tasks = client.tidying().tasks
-    with contextlib.suppress(WherryError):
-        try:
-            await tasks.delete(container, exec_id)
-        except NotFound:
-            return
-        except WherryError:
-            # it runs: daemons and shims have several kinds and texts for that
-            waiting = tasks.waiting(container, exec_id)
-            with contextlib.suppress(NotFound):
-                await tasks.kill(container, 9, exec_id, every=not exec_id)
-            await waiting.result()
-            await tasks.delete(container, exec_id)
-
-
-def _write_pid(path: str, pid: int) -> None:
-    """Written beside and moved, so that nobody reads half a number."""
-    beside = f"{path}.{os.getpid()}"
-    with open(beside, "w", encoding="ascii") as file:
-        file.write(str(pid))
-    os.rename(beside, path)
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("running")
+    own.add_argument("-d", "--detach", action="store_true", help="leave it running, and print its id")
+    own.add_argument(
+        "--sig-proxy", default=True, type=switch, nargs="?", const=True, metavar="BOOL", help="pass signals on (true)"
+    )
+    own.add_argument("--detach-keys", default="", metavar="KEYS", help="keys that leave it running (ctrl-p,ctrl-q)")
+    container_flags.configure(parser)
 
 
 ABOUT = """run a command in a new container
 
-Unless it is detached, the container's output and input are this command's, signals go to it, and its exit code is
-passed on (125: an error of ours, 126: a command that can't be run, 127: no such command). A detached container whose
-output nobody reads waits when its FIFO is full: use --log-uri or --null-io for one that has much to say."""
+Unless it is detached, the container's output is this command's (with -i its input too), signals go to it, and its exit
+code is passed on (125: an error of ours, 126: a command that can't be run, 127: no such command)."""
 
 COMMANDS = [
+    Command(("run",), ABOUT, run, _run_options, "wherry run -d --name web -p 8080:80 -v data:/srv nginx"),
     Command(
-        ("run",),
-        ABOUT,
-        run,
-        _configure,
-        "wherry run --rm -t --memory 256m docker.io/library/alpine:latest box sh",
-    )
-]
+        ("create",), "make a container without starting it", create, container_flags.configure,
+        "wherry create --name db -e POSTGRES_PASSWORD=secret postgres:16",
+    ),
+]  # fmt: skip

@@ -59,7 +59,7 @@ class Session:
         return Client.over(transport, self.namespace, deadline=deadline)
 
     def _embed(self) -> Embedded:
-        from wherry.client.embedded import Embedded  # noqa: PLC0415 - rare, and needs subprocesses
+        from wherry.client.embedded import Embedded
 
         daemon = Embedded(root=self.root, state=self.state)
         daemon.start()

@@ -82,7 +82,7 @@ async def list_(session: Session, args: argparse.Namespace) -> None:
 
 async def tree(session: Session, args: argparse.Namespace) -> None:
     """Draws which snapshot lies on which."""
-    from wherry.cli.trees import depths  # noqa: PLC0415 - only here
+    from wherry.cli.trees import depths
 
     snapshots = await snapshots_of(session, args)
     parents = {item.name: item.parent async for item in snapshots.list()}
@@ -117,7 +117,7 @@ async def usage(session: Session, args: argparse.Namespace) -> None:
 
 async def prepare(session: Session, args: argparse.Namespace) -> None:
     """Makes a writable snapshot that stays until it is removed."""
-    from wherry.core.labels import GC_ROOT  # noqa: PLC0415
+    from wherry.core.labels import GC_ROOT
 
     snapshots = await snapshots_of(session, args)
     make = snapshots.view if args.read_only else snapshots.prepare
@@ -132,7 +132,7 @@ async def mounts(session: Session, args: argparse.Namespace) -> None:
 
 async def commit(session: Session, args: argparse.Namespace) -> None:
     """Turns an active snapshot into a committed one that stays until it is removed."""
-    from wherry.core.labels import GC_ROOT  # noqa: PLC0415
+    from wherry.core.labels import GC_ROOT
 
     snapshots = await snapshots_of(session, args)
     await snapshots.commit(args.name, args.key, {GC_ROOT: now(), **pairs(args.label)})
@@ -153,8 +153,8 @@ async def label(session: Session, args: argparse.Namespace) -> None:
 
 async def unpack(session: Session, args: argparse.Namespace) -> None:
     """Makes the snapshots of an image's layers and prints the name of the topmost."""
-    from wherry.client.manifests import picture  # noqa: PLC0415
-    from wherry.client.unpack import unpack as unpack_picture  # noqa: PLC0415
+    from wherry.client.manifests import picture
+    from wherry.client.unpack import unpack as unpack_picture
 
     client = session.client
     snapshots = await snapshots_of(session, args)
@@ -168,7 +168,7 @@ async def unpack(session: Session, args: argparse.Namespace) -> None:
 
 async def diff(session: Session, args: argparse.Namespace) -> None:
     """Writes the layer between two snapshots to the output (or keeps it as content, and prints its digest)."""
-    import sys  # noqa: PLC0415
+    import sys
 
     snapshots = await snapshots_of(session, args)
     async with session.client.lease() as client:
@@ -180,7 +180,7 @@ async def diff(session: Session, args: argparse.Namespace) -> None:
             views[0][0], views[1][0], media_type=args.media_type, ref=args.ref, labels=pairs(args.label)
         )
         if args.keep:
-            from wherry.core.labels import GC_ROOT  # noqa: PLC0415
+            from wherry.core.labels import GC_ROOT
 
             await client.content.label(layer.digest, {GC_ROOT: now()})
             print(layer.digest)
@@ -273,7 +273,7 @@ def _unpack_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff_options(parser: argparse.ArgumentParser) -> None:
-    from wherry.core.mediatypes import OCI_LAYER_GZIP  # noqa: PLC0415
+    from wherry.core.mediatypes import OCI_LAYER_GZIP
 
     _common(parser)
     parser.add_argument("--media-type", default=OCI_LAYER_GZIP, metavar="TYPE", help="of the layer")

@@ -27,7 +27,7 @@ class _Deferred(ModuleType):
         own = self.__name__
         if sys.modules.get(own) is self:
             del sys.modules[own]
-        from importlib import import_module  # noqa: PLC0415
+        from importlib import import_module
 
         module = import_module(own)
         self.__dict__.update(vars(module))

@@ -57,8 +57,11 @@ def parser_for(command: Command, prog: str) -> Parser:
         epilog=examples,
         formatter_class=Formatter,
         allow_abbrev=False,
+        add_help=False,
     )
     command.configure(parser)
+    taken = "-h" in parser._option_string_actions
+    parser.add_argument(*(["--help"] if taken else ["-h", "--help"]), action="help", help="print this")
     # the options are listed below: in this line they would hide what matters
     words = [word for action in parser._get_positional_actions() for word in _positional(action)]
     parser.usage = " ".join([prog, "[OPTION]...", *words])

@@ -37,7 +37,7 @@ def _exec_of(packed: Any) -> str:
     """The exec that a process belongs to; "" for others."""
     if not packed.type_url:
         return ""
-    from wherry.client.samples import process_details  # noqa: PLC0415 - most processes have none
+    from wherry.client.samples import process_details
 
     return process_details(packed)
 
@@ -59,7 +59,7 @@ async def metrics(session: Session, args: argparse.Namespace) -> None:
 
 async def checkpoint(session: Session, args: argparse.Namespace) -> None:
     """Writes a checkpoint, and prints where it is."""
-    from wherry.client.runtimes import checkpoint_options  # noqa: PLC0415
+    from wherry.client.runtimes import checkpoint_options
 
     options = checkpoint_options(leave=not args.exit, images=args.image_path, work=args.work_path)
     for descriptor in await session.client.tasks.checkpoint(args.id, options):

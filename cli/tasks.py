@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from wherry.cli import task_reports
 from wherry.cli.arguments import byte_size, pairs, signal_number
 from wherry.cli.attach import Waiter
+from wherry.cli.following import coded, follow, kill_task, run_task, stream_options, streams, switch
 from wherry.cli.output import Column, listing, listing_options
-from wherry.cli.run import coded, follow, kill_task, run_task, stream_options, streams, switch
 from wherry.cli.table import Command
 from wherry.client.fifos import Fifos, discard
 from wherry.client.launch import Launched
@@ -66,7 +66,7 @@ async def exec_(session: Session, args: argparse.Namespace) -> int:
             if waiter is None:
                 detached = True
                 return 0
-            return follow(session, fifos, waiter, args.id, name, tty=args.tty, signals=args.sig_proxy)
+            return follow(session, fifos, waiter, args.id, name, tty=args.tty, signals=args.sig_proxy) or 0
         finally:
             if not detached:
                 await kill_task(client, args.id, name)
@@ -90,7 +90,7 @@ async def _process(client: Client, container: Container, args: argparse.Namespac
     if args.cwd:
         process["cwd"] = args.cwd
     if args.user:
-        from wherry.client import users  # noqa: PLC0415 - only with --user
+        from wherry.client import users
 
         mounts = []
         if container.snapshot_key:
@@ -106,7 +106,7 @@ async def attach(session: Session, args: argparse.Namespace) -> int:
     fifos = Fifos.existing(task.stdio)
     try:
         waiter = Waiter(client, args.id)
-        status = follow(session, fifos, waiter, args.id, tty=task.stdio.terminal, signals=args.sig_proxy)
+        status = follow(session, fifos, waiter, args.id, tty=task.stdio.terminal, signals=args.sig_proxy) or 0
     finally:
         fifos.close()
     await client.tasks.delete(args.id)

@@ -34,8 +34,8 @@ def raw(active: bool) -> Iterator[None]:
     if not active or not is_terminal(0):
         yield
         return
-    import termios  # noqa: PLC0415 - only with a terminal
-    import tty  # noqa: PLC0415
+    import termios
+    import tty
 
     before = termios.tcgetattr(0)
     sys.stdout.flush()

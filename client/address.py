@@ -39,7 +39,7 @@ async def connect(
     `address` is the path of the gRPC socket of `wherryd` or containerd; it and `namespace` come from the environment
     where they aren't given. Raises Unavailable where nobody answers within `connect_timeout` seconds.
     """
-    from wherry.client.grpc_async import GrpcTransport  # noqa: PLC0415 - the command line does without grpc
+    from wherry.client.grpc_async import GrpcTransport
 
     where = address or default_address()
     check_socket(where)
@@ -68,8 +68,8 @@ def connect_blocking(address: str, connect_timeout: float | None = CONNECT_TIMEO
     containerd listens on `.ttrpc` too, but only for events of its shims; the version service tells the two apart.
     Raises Unavailable, PermissionDenied.
     """
-    from wherry.client.ttrpc_blocking import BlockingTtrpcTransport  # noqa: PLC0415 - programs with asyncio don't need it
-    from wherry.proto.ttrpc import sockets  # noqa: PLC0415
+    from wherry.client.ttrpc_blocking import BlockingTtrpcTransport
+    from wherry.proto.ttrpc import sockets
 
     beside = f"{address}.ttrpc"
     try:
@@ -90,7 +90,7 @@ def connect_blocking(address: str, connect_timeout: float | None = CONNECT_TIMEO
 
 
 def _grpc(address: str, connect_timeout: float | None) -> Transport:
-    from wherry.client.grpc_blocking import BlockingGrpcTransport  # noqa: PLC0415 - slow to load
+    from wherry.client.grpc_blocking import BlockingGrpcTransport
 
     transport = BlockingGrpcTransport(address)
     transport.ready(connect_timeout)

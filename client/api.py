@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wherry.client.snapshots import Snapshots
     from wherry.client.tasks import Tasks
     from wherry.client.transfer import Transfer
+    from wherry.client.volumes import Volumes
 
 # what a lease that nobody ends lives for, in seconds: containerd's clients say a day
 LEASE_SECONDS = 24 * 3600
@@ -35,8 +36,6 @@ class Client:
     The parts are made when they are asked for, and so are their modules: the command line pays only for what a command
     uses. Nothing is kept between calls but the connection.
     """
-
-    # ruff: noqa: PLC0415
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
@@ -134,6 +133,13 @@ class Client:
         from wherry.client.transfer import Transfer
 
         return Transfer(self.calls)
+
+    @property
+    def volumes(self) -> Volumes:
+        """Folders that outlive containers; `wherryd` alone has them."""
+        from wherry.client.volumes import Volumes
+
+        return Volumes(self.calls)
 
     def snapshots(self, snapshotter: str = "overlayfs") -> Snapshots:
         """The snapshots of one snapshotter."""

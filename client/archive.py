@@ -203,7 +203,7 @@ async def _load_docker(
         }
         labels = {label: str(child.digest) for label, child in children(document)}
         manifest = await _store(client.content, json.dumps(document).encode(), DOCKER_MANIFEST, labels)
-        from wherry.core.reference import parse_familiar  # noqa: PLC0415 - only for docker's archives
+        from wherry.core.reference import parse_familiar
 
         tags = [str(parse_familiar(tag)) for tag in entry.get("RepoTags") or ()]
         found += [manifest.with_annotations({IMAGE_NAME: tag}) for tag in tags] or [manifest]

@@ -153,9 +153,9 @@ class Embedded:
 
     async def __aenter__(self) -> Client:
         """Starts it and connects: `async with Embedded() as client`."""
-        import asyncio  # noqa: PLC0415 - the command line does without
+        import asyncio
 
-        from wherry.client.address import connect  # noqa: PLC0415
+        from wherry.client.address import connect
 
         await asyncio.to_thread(self.start)
         try:
@@ -166,7 +166,7 @@ class Embedded:
         return self._client
 
     async def __aexit__(self, *_: object) -> None:
-        import asyncio  # noqa: PLC0415
+        import asyncio
 
         await self._client.close()
         await asyncio.to_thread(self.stop)

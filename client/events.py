@@ -46,7 +46,7 @@ class Event(NamedTuple):
         message = self.message()
         if message is None:
             return {"type_url": self.packed.type_url}
-        from google.protobuf.json_format import MessageToDict  # noqa: PLC0415 - slow to load, only for people
+        from google.protobuf.json_format import MessageToDict
 
         return MessageToDict(message, preserving_proto_field_name=True)
 

@@ -121,6 +121,18 @@ class Fifos:
         self.close()
 
 
+def lone_stdin(process: str) -> str:
+    """A FIFO for the input of a process that nobody is attached to yet, in its own folder; `discard` removes it."""
+    folder = os.path.join(runtime_folder(), os.urandom(8).hex())
+    try:
+        os.makedirs(folder, mode=0o711, exist_ok=True)
+        path = os.path.join(folder, f"{process}-stdin")
+        os.mkfifo(path, 0o600)
+    except OSError as error:
+        raise FailedPrecondition(f"can't make a FIFO in {folder}: {error.strerror}") from error
+    return path
+
+
 def is_fifo(path: str) -> bool:
     """Whether a stream is a FIFO of this host."""
     try:

@@ -63,7 +63,7 @@ class Images:
         try:
             return await self.get(name)
         except NotFound as missing:
-            from wherry.core.reference import parse_familiar  # noqa: PLC0415 - rare
+            from wherry.core.reference import parse_familiar
 
             try:
                 full = str(parse_familiar(name))

@@ -7,7 +7,7 @@ collector spares the snapshot from its first moment on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from wherry.client.manifests import Picture, picture
 from wherry.client.network import NetworkOptions, extensions
 from wherry.client.spec import SpecOptions, build
 from wherry.core.errors import InvalidArgument, NotFound, Unimplemented, WherryError
+from wherry.core.labels import OWN, STOP_SIGNAL
 from wherry.core.typeurl import pack
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from wherry.core.platforms import Platform
 
 RUNTIME = "io.containerd.runc.v2"
-STOP_SIGNAL = "io.containerd.image.config.stop-signal"
+# what a daemon does for a container by itself: nothing that an image may ask for
+_NOT_FROM_IMAGES = (OWN, "containerd.io/restart.")
 
 
 class Launch(NamedTuple):
@@ -37,7 +39,9 @@ class Launch(NamedTuple):
 
     `image` is the image's full name; "" with `spec.rootfs`, a folder of the host that is no snapshot. `document` is a
     whole specification that replaces the one made from `spec`. `user` is `NAME|UID[:GROUP|GID]`, None for the image's.
-    `network` None leaves the network to the specification.
+    `network` None leaves the network to the specification. `groups` are further groups of the process, names of the
+    image or numbers. `adapt` changes the specification that was made from `spec` in place, given the image's `config`.
+    `found` is the image and its parts where the caller has looked them up already.
     """
 
     id: str
@@ -52,6 +56,9 @@ class Launch(NamedTuple):
     runtime_options: Message | None = None
     platform: Platform | None = None
     network: NetworkOptions | None = None
+    groups: Sequence[str] = ()
+    adapt: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
+    found: tuple[Image, Picture] | None = None
 
 
 class Launched(NamedTuple):
@@ -68,8 +75,11 @@ async def create(client: Client, launch: Launch) -> Launched:
     """
     if not launch.image:
         return await _without_image(client, launch)
-    image = await client.images.find(launch.image)
-    look = await picture(client.content, image.target, launch.platform)
+    if launch.found is not None:
+        image, look = launch.found
+    else:
+        image = await client.images.find(launch.image)
+        look = await picture(client.content, image.target, launch.platform)
     snapshotter = launch.snapshotter or await client.namespaces.default_snapshotter()
     spec = _spec(client, launch, look)
     record = Container(
@@ -143,7 +153,11 @@ async def _network(client: Client, launch: Launch, look: Picture | None) -> Mapp
 def _spec(client: Client, launch: Launch, look: Picture | None) -> dict[str, Any]:
     if launch.document is not None:
         return dict(launch.document)
-    return build(client.namespace, launch.id, launch.spec, look.settings if look is not None else None)
+    settings = look.settings if look is not None else {}
+    spec = build(client.namespace, launch.id, launch.spec, settings)
+    if launch.adapt is not None:
+        launch.adapt(spec, settings)
+    return spec
 
 
 def _options(launch: Launch) -> Any:
@@ -152,9 +166,10 @@ def _options(launch: Launch) -> Any:
 
 def _labels(launch: Launch, image: Image, look: Picture) -> dict[str, str]:
     labels = look.settings.get("Labels") or {}
+    ours = {str(key): str(value) for key, value in labels.items() if not str(key).startswith(_NOT_FROM_IMAGES)}
     return {
-        **{str(key): str(value) for key, value in labels.items()},
-        **image.labels,
+        **ours,
+        **{key: value for key, value in image.labels.items() if not key.startswith(_NOT_FROM_IMAGES)},
         STOP_SIGNAL: look.settings.get("StopSignal") or "SIGTERM",
         **launch.labels,
     }
@@ -165,7 +180,7 @@ async def _prepare(client: Client, launch: Launch, look: Picture, snapshotter: s
     try:
         return await snapshots.prepare(launch.id, look.chain_id, launch.snapshot_labels)
     except NotFound:
-        from wherry.client.unpack import unpack  # noqa: PLC0415 - an image is unpacked once
+        from wherry.client.unpack import unpack
 
         chain = await unpack(client, look, snapshotter)
         return await snapshots.prepare(launch.id, chain, launch.snapshot_labels)
@@ -179,9 +194,12 @@ async def _set_user(
         return container
     wanted = look.settings.get("User") or "" if launch.user is None else launch.user
     try:
-        user = users.resolve(wanted, users.reader(mounts))
+        read = users.reader(mounts)
+        user = users.resolve(wanted, read)
+        if launch.groups:
+            user = user._replace(groups=tuple(dict.fromkeys([*user.groups, *users.group_ids(launch.groups, read)])))
     except InvalidArgument:
-        if wanted:
+        if wanted or launch.groups:
             raise
         # root without the files of the image: no permission to read them, or another host's
         user = users.ROOT

@@ -164,7 +164,7 @@ def parse_ports(text: str) -> list[Port]:
 
 
 def _address(text: str, whole: str) -> str:
-    import ipaddress  # noqa: PLC0415 - milliseconds that only those pay who name an address
+    import ipaddress
 
     try:
         address = ipaddress.ip_address(text)

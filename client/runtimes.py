@@ -21,7 +21,7 @@ def runc_options(
 
 def config_options(path: str) -> Message:
     """For shims that are configured by a file (gVisor, Kata)."""
-    from wherry.proto import runtimeoptions_pb2  # noqa: PLC0415 - rare
+    from wherry.proto import runtimeoptions_pb2
 
     return runtimeoptions_pb2.Options(config_path=path)
 

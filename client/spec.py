@@ -137,14 +137,15 @@ def _privileges(spec: dict[str, Any], options: SpecOptions) -> None:
     if options.apparmor_profile:
         process["apparmorProfile"] = options.apparmor_profile
     if options.seccomp and not options.privileged:
-        linux["seccomp"] = _seccomp(options.seccomp_profile, process["capabilities"]["bounding"])
+        linux["seccomp"] = seccomp_of(options.seccomp_profile, process["capabilities"]["bounding"])
     if options.rdt_class:
         linux["intelRdt"] = {"closID": options.rdt_class}
 
 
-def _seccomp(path: str, bounding: Sequence[str]) -> dict[str, Any]:
+def seccomp_of(path: str, bounding: Sequence[str]) -> dict[str, Any]:
+    """`linux.seccomp` from a file, "" is the default profile for these capabilities; raises InvalidArgument."""
     if not path:
-        from wherry.core.seccomp_profile import default_profile  # noqa: PLC0415 - long, and only for who asks
+        from wherry.core.seccomp_profile import default_profile
 
         return dict(default_profile(bounding))
     try:
@@ -273,7 +274,7 @@ def capability(name: str) -> str:
 
 def own_capabilities() -> list[str]:
     """The effective capabilities of this process: what a privileged container gets."""
-    from wherry.client.capabilities import NAMES  # noqa: PLC0415 - rare
+    from wherry.client.capabilities import NAMES
 
     with open("/proc/self/status", encoding="ascii") as status:
         line = next(line for line in status if line.startswith("CapEff:"))

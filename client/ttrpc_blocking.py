@@ -338,9 +338,9 @@ class BlockingTtrpcTransport:
 
     async def _prove(self, metadata: Mapping[str, str]) -> None:
         """Finds out who answers before a stream does: a refusal would come only when it is read."""
-        from google.protobuf.empty_pb2 import Empty  # noqa: PLC0415 - rare
+        from google.protobuf.empty_pb2 import Empty
 
-        from wherry.proto.version_pb2 import VersionResponse  # noqa: PLC0415 - rare
+        from wherry.proto.version_pb2 import VersionResponse
 
         path = "containerd.services.version.v1.Version/Version"
         await self.unary(path, Empty(), VersionResponse, metadata=metadata, timeout=self._timeout)

@@ -75,6 +75,12 @@ def resolve(user: str, read: Reader) -> User:
     return User(uid, gid, tuple(dict.fromkeys([gid, *extra])))
 
 
+def group_ids(names: Iterable[str], read: Reader) -> list[int]:
+    """The numbers of groups, by name or number; raises InvalidArgument for a name that no file knows."""
+    groups = _records(read("etc/group"), 3)
+    return [_group(name, groups) for name in names]
+
+
 def _group(name: str, groups: list[list[str]]) -> int:
     number = _number(name)
     if number is not None:

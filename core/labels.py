@@ -28,6 +28,36 @@ NAMESPACE_DEFAULT_SNAPSHOTTER = "containerd.io/defaults/snapshotter"
 # on a namespace: leases and content of others are shared with it
 NAMESPACE_SHAREABLE = "containerd.io/namespace.shareable"
 
+# what containerd's restart monitor reads: the policy (`no`, `always`, `unless-stopped`, `on-failure[:N]`), what the
+# container is meant to be (`running`, `stopped`), how often it was started again, whether a person stopped it, its log
+RESTART_POLICY = "containerd.io/restart.policy"
+RESTART_STATUS = "containerd.io/restart.status"
+RESTART_COUNT = "containerd.io/restart.count"
+RESTART_EXPLICITLY_STOPPED = "containerd.io/restart.explicitly-stopped"
+RESTART_LOG_URI = "containerd.io/restart.loguri"
+# of a container that an image made: the signal that ends it
+STOP_SIGNAL = "io.containerd.image.config.stop-signal"
+
+# ours, on containers that people made with `wherry run` or `create`
+OWN = "wherry/"
+CONTAINER_NAME = "wherry/name"
+# "true": the daemon removes the container when it has ended
+AUTO_REMOVE = "wherry/auto-remove"
+# JSON, a list of mounts as `inspect` shows them (`Type`, `Name`, `Source`, `Destination`, `Mode`, `RW`, `Anonymous`)
+MOUNTS = "wherry/mounts"
+# JSON: what `inspect` shows of how it was asked for and the specification doesn't say
+CONFIG = "wherry/config"
+# JSON: `Test`, `Interval`, `Timeout`, `StartPeriod`, `StartInterval` (nanoseconds), `Retries`; and how it went
+HEALTH_CHECK = "wherry/health-check"
+HEALTH = "wherry/health"
+# JSON: `code`, `started`, `finished` (seconds since the epoch), `oom`, `error` of the last run
+LAST_RUN = "wherry/last-run"
+LOG_URI = "wherry/log-uri"
+# "true": its input stays open while nobody is attached
+STDIN_OPEN = "wherry/stdin-open"
+# seconds between the stop signal and SIGKILL
+STOP_TIMEOUT = "wherry/stop-timeout"
+
 
 def check_labels(labels: Mapping[str, str]) -> None:
     """Raises InvalidArgument for a label over the limit (text of containerd's `labels.Validate`)."""

@@ -38,10 +38,12 @@ def test_listings(other: Wherry) -> None:
 
 
 def test_run_exec_and_kill(other: Wherry, tmp_path: Path) -> None:
-    done = other.run("run", "--rm", BUSYBOX, "a", "sh", "-c", "cat; echo err >&2; exit 7", stdin="in", code=7)
+    done = other.run(
+        "containers", "run", "--rm", BUSYBOX, "a", "sh", "-c", "cat; echo err >&2; exit 7", stdin="in", code=7
+    )
     assert (done.stdout, done.stderr) == ("in", "err\n")
-    assert "nope" in other.run("run", "--rm", BUSYBOX, "a", "nope", code=127).stderr
-    other.run("run", "-d", BUSYBOX, "b", "sleep", "60")
+    assert "nope" in other.run("containers", "run", "--rm", BUSYBOX, "a", "nope", code=127).stderr
+    other.run("containers", "run", "-d", BUSYBOX, "b", "sleep", "60")
     assert other.run("tasks", "exec", "b", "echo", "hi").stdout == "hi\n"
     other.run("tasks", "rm", "-f", "b")
     other.run("containers", "rm", "b")
@@ -50,7 +52,9 @@ def test_run_exec_and_kill(other: Wherry, tmp_path: Path) -> None:
 
 def test_signals(other: Wherry) -> None:
     script = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"
-    with other.start("run", "--rm", BUSYBOX, "sig", "sh", "-c", script, stdout=subprocess.PIPE) as process:
+    with other.start(
+        "containers", "run", "--rm", BUSYBOX, "sig", "sh", "-c", script, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGTERM)

@@ -64,7 +64,7 @@ def test_a_daemon_for_one_command(tmp_path: Path) -> None:
     base = [sys.executable, "-m", "wherry.cli", *where]
     assert subprocess.run([*base, "images", "import", str(archive)], check=False, timeout=60).returncode == 0
     done = subprocess.run(
-        [*base, "run", "--rm", "demo.local/h:1", "one", "sh", "-c", "echo hi; exit 3"],
+        [*base, "run", "--rm", "--name", "one", "demo.local/h:1", "sh", "-c", "echo hi; exit 3"],
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert (done.stdout, done.returncode) == ("hi\n", 3)

@@ -27,7 +27,7 @@ def test_push_and_pull(wherry: Wherry, registry: str) -> None:
         pulled = wherry.run("pull", "--plain-http", "--label", "a=b", name)
         assert pulled.stdout == f"{name}\n"
         assert wherry.run("images", "ls", "-q", "labels.a==b").stdout == f"{name}\n"
-        assert wherry.run("run", "--rm", name, "pulled", "echo", "hi").stdout == "hi\n"
+        assert wherry.run("containers", "run", "--rm", name, "pulled", "echo", "hi").stdout == "hi\n"
         assert wherry.run("pull", "-q", "--plain-http", name).stderr == ""
     finally:
         wherry.run("images", "rm", name, code=None)

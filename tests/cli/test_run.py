@@ -39,12 +39,14 @@ def read_until(descriptor: int, pattern: bytes, timeout: float = 15.0) -> bytes:
 
 
 def test_output_input_and_exit_code(wherry: Wherry) -> None:
-    done = wherry.run("run", "--rm", BUSYBOX, "a", "sh", "-c", "cat; echo err >&2; exit 7", stdin="in\n", code=7)
+    done = wherry.run(
+        "containers", "run", "--rm", BUSYBOX, "a", "sh", "-c", "cat; echo err >&2; exit 7", stdin="in\n", code=7
+    )
     assert (done.stdout, done.stderr) == ("in\n", "err\n")
 
 
 def test_a_command_whose_time_is_over_leaves_nothing(wherry: Wherry, daemon: Wherryd) -> None:
-    done = wherry.run("--timeout", "1s", "run", "--rm", BUSYBOX, "late", "sleep", "100", code=None)
+    done = wherry.run("--timeout", "1s", "containers", "run", "--rm", BUSYBOX, "late", "sleep", "100", code=None)
     assert done.returncode not in {0, 137}
     assert "deadline exceeded" in done.stderr
     assert "late" not in wherry.run("tasks", "ls", "-q").stdout
@@ -57,20 +59,22 @@ def test_much_output_comes_whole(wherry: Wherry, tmp_path: Path) -> None:
     target = tmp_path / "out"
     with target.open("wb") as out:
         script = "head -c 5000000 /dev/zero; echo end"
-        assert wherry.start("run", "--rm", BUSYBOX, "much", "sh", "-c", script, stdout=out).wait(60) == 0
+        assert wherry.start("containers", "run", "--rm", BUSYBOX, "much", "sh", "-c", script, stdout=out).wait(60) == 0
     assert target.stat().st_size == 5_000_004
     with target.open("ab") as out:
-        assert wherry.start("run", "--rm", BUSYBOX, "more", "echo", "appended", stdout=out).wait(60) == 0
+        assert wherry.start("containers", "run", "--rm", BUSYBOX, "more", "echo", "appended", stdout=out).wait(60) == 0
     assert target.read_bytes().endswith(b"end\nappended\n")
 
 
 def test_much_input_goes_whole(wherry: Wherry) -> None:
-    done = wherry.run("run", "--rm", BUSYBOX, "count", "wc", "-c", stdin="x" * 3_000_000)
+    done = wherry.run("containers", "run", "--rm", BUSYBOX, "count", "wc", "-c", stdin="x" * 3_000_000)
     assert done.stdout.strip() == "3000000"
 
 
 def test_a_reader_that_has_enough(wherry: Wherry) -> None:
-    with wherry.start("run", "--rm", BUSYBOX, "yes", "yes", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with wherry.start(
+        "containers", "run", "--rm", BUSYBOX, "yes", "yes", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         process.stdout.read(10)
         process.stdout.close()
@@ -79,22 +83,26 @@ def test_a_reader_that_has_enough(wherry: Wherry) -> None:
 
 @pytest.mark.parametrize(("command", "code"), [("nope", 127), ("/no/such", 127), ("/etc/passwd", 126)])
 def test_commands_that_cannot_run(wherry: Wherry, command: str, code: int) -> None:
-    done = wherry.run("run", "--rm", BUSYBOX, "bad", command, code=code)
+    done = wherry.run("containers", "run", "--rm", BUSYBOX, "bad", command, code=code)
     assert command in done.stderr
     assert done.stderr.startswith("wherry: ")
     assert done.stderr.count("\n") == 1
 
 
 def test_errors_of_ours_are_125(wherry: Wherry) -> None:
-    assert "not found" in wherry.run("run", "--rm", "docker.io/library/none:1", "x", code=125).stderr
-    assert "--detach and --rm" in wherry.run("run", "--rm", "-d", BUSYBOX, "x", code=125).stderr
-    assert "must match" in wherry.run("run", "--rm", BUSYBOX, "no/such/id", "true", code=125).stderr
-    assert "mount" in wherry.run("run", "--rm", "--mount", "nonsense", BUSYBOX, "x", "true", code=125).stderr
+    assert "not found" in wherry.run("containers", "run", "--rm", "docker.io/library/none:1", "x", code=125).stderr
+    assert "--detach and --rm" in wherry.run("containers", "run", "--rm", "-d", BUSYBOX, "x", code=125).stderr
+    assert "must match" in wherry.run("containers", "run", "--rm", BUSYBOX, "no/such/id", "true", code=125).stderr
+    assert (
+        "mount" in wherry.run("containers", "run", "--rm", "--mount", "nonsense", BUSYBOX, "x", "true", code=125).stderr
+    )
 
 
 def test_signals_go_to_the_container(wherry: Wherry) -> None:
     script = "trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.05; done"
-    with wherry.start("run", "--rm", BUSYBOX, "sig", "sh", "-c", script, stdout=subprocess.PIPE) as process:
+    with wherry.start(
+        "containers", "run", "--rm", BUSYBOX, "sig", "sh", "-c", script, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGTERM)
@@ -104,7 +112,9 @@ def test_signals_go_to_the_container(wherry: Wherry) -> None:
 
 def test_a_signal_at_any_moment_leaves_nothing(wherry: Wherry) -> None:
     for delay in (0.04, 0.07, 0.09, 0.11, 0.13):
-        with wherry.start("run", "--rm", BUSYBOX, "early", "sleep", "0.3", stderr=subprocess.DEVNULL) as process:
+        with wherry.start(
+            "containers", "run", "--rm", BUSYBOX, "early", "sleep", "0.3", stderr=subprocess.DEVNULL
+        ) as process:
             time.sleep(delay)
             process.send_signal(signal.SIGTERM)
             process.wait(20)
@@ -121,20 +131,24 @@ def test_options_reach_the_container(wherry: Wherry, tmp_path: Path) -> None:
     options = ["--user", "nobody", "--hostname", "boat", "--cwd", "/home", "--env", "A=b", "--read-only"]
     options += ["--env-file", f"{tmp_path}/env", "--mount", mount, "--memory", "64m", "--cpus", "0.5"]
     options += ["--label", "x=y", "--annotation", "p=q", "--seccomp", "--pid-file", f"{tmp_path}/pid"]
-    done = wherry.run("run", "--rm", *options, BUSYBOX, "opt", "sh", "-c", script)
+    done = wherry.run("containers", "run", "--rm", *options, BUSYBOX, "opt", "sh", "-c", script)
     assert done.stdout.split() == ["65534", "boat", "/home", "mounted", "b", "1", "read-only"]
     assert int((tmp_path / "pid").read_text()) > 1
 
 
 def test_a_folder_as_root(wherry: Wherry, tmp_path: Path) -> None:
     build_busybox_rootfs(tmp_path)
-    assert wherry.run("run", "--rm", "--rootfs", str(tmp_path), "folder", "/bin/echo", "hi").stdout == "hi\n"
+    assert (
+        wherry.run("containers", "run", "--rm", "--rootfs", str(tmp_path), "folder", "/bin/echo", "hi").stdout == "hi\n"
+    )
 
 
 def test_a_terminal(wherry: Wherry) -> None:
     master, slave = pty.openpty()
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
-    process = wherry.start("run", "--rm", "-t", BUSYBOX, "tty", "sh", stdin=slave, stdout=slave, stderr=slave)
+    process = wherry.start(
+        "containers", "run", "--rm", "-t", BUSYBOX, "tty", "sh", stdin=slave, stdout=slave, stderr=slave
+    )
     os.close(slave)
     try:
         read_until(master, rb"# ")
@@ -152,14 +166,14 @@ def test_a_terminal(wherry: Wherry) -> None:
 
 
 def test_a_terminal_without_one_here(wherry: Wherry) -> None:
-    done = wherry.run("run", "--rm", "-t", BUSYBOX, "notty", "sh", "-c", "tty; cat", stdin="x\n")
+    done = wherry.run("containers", "run", "--rm", "-t", BUSYBOX, "notty", "sh", "-c", "tty; cat", stdin="x\n")
     assert "/dev/pts/" in done.stdout
     assert "x\n" in done.stdout
 
 
 def test_detached_with_exec_attach_and_kill(wherry: Wherry, tmp_path: Path) -> None:
     script = "trap 'echo bye; exit 5' TERM; while :; do echo tick; sleep 0.1; done"
-    assert wherry.run("run", "-d", BUSYBOX, "web", "sh", "-c", script).stdout == ""
+    assert wherry.run("containers", "run", "-d", BUSYBOX, "web", "sh", "-c", script).stdout == ""
     assert (
         wherry.run("tasks", "exec", "web", "sh", "-c", "read x; echo got $x; exit 3", stdin="it\n", code=3).stdout
         == "got it\n"
@@ -207,7 +221,7 @@ def test_a_daemon_that_dies_meanwhile(tmp_path: Path) -> None:
         daemon.import_busybox()
         wherry = Wherry(daemon.address)
         script = "echo one; read x; echo $x; exit 8"
-        command = ("run", "--rm", BUSYBOX, "survivor", "sh", "-c", script)
+        command = ("containers", "run", "--rm", BUSYBOX, "survivor", "sh", "-c", script)
         with wherry.start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdin is not None
             assert process.stdout is not None

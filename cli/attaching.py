@@ -1,0 +1,117 @@
+"""A container with a person in front of it: started and followed, or attached to while it runs; detach keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wherry.cli.following import coded, follow, kill_task
+from wherry.client import lifecycle
+from wherry.client.fifos import Fifos
+from wherry.client.finding import name_of
+from wherry.client.states import inspect_state
+from wherry.core.errors import FailedPrecondition, InvalidArgument
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from wherry.cli.session import Session
+    from wherry.client.containers import Container
+    from wherry.client.values import Mount
+
+# docker's: Ctrl-P Ctrl-Q
+DETACH_KEYS = "ctrl-p,ctrl-q"
+# what a followed container's exit code is when it was left running
+DETACHED = None
+
+
+def detach_keys(text: str) -> bytes:
+    """The bytes that `ctrl-p,ctrl-q` or `a,ctrl-[` stand for; raises InvalidArgument."""
+    keys = bytearray()
+    for word in (text or DETACH_KEYS).split(","):
+        control = word.removeprefix("ctrl-")
+        if len(word) == 1 and word.isascii():
+            keys += word.encode()
+        elif word != control and len(control) == 1 and (control.isalpha() or control in "@[\\]^_"):
+            keys.append(ord(control.upper()) & 0x1F)
+        else:
+            raise InvalidArgument(f"--detach-keys {text!r}: {word!r} is neither a character nor ctrl-LETTER")
+    return bytes(keys)
+
+
+async def start_followed(
+    session: Session, container: Container, mounts: Sequence[Mount], *, interactive: bool, signals: bool, keys: bytes
+) -> int | None:
+    """Starts a container and follows it to its end: its exit code, or DETACHED where the keys were typed.
+
+    The ended task stays, for `ps` and the next start. Raises the runtime's error; then no task is left.
+    """
+    client = session.client
+    tty = bool(((container.spec or {}).get("process") or {}).get("terminal"))
+    fifos = Fifos(container.id, stdin=interactive or lifecycle.keeps_stdin(container), terminal=tty)
+    status: int | None = DETACHED
+    try:
+        with coded():
+            creating = client.tasks.creating(container.id, mounts, fifos.stdio)
+            # loaded while the daemon is at work
+            from wherry.cli.attach import Waiter
+
+            await creating.pid()
+        try:
+            waiter = Waiter(client, container.id)
+            with coded():
+                await client.tasks.start(container.id)
+        except BaseException:
+            await kill_task(client, container.id)
+            raise
+        status = follow(
+            session, fifos, waiter, container.id, tty=tty, signals=signals, keys=keys if tty else b"", stdin=interactive
+        )
+        return status
+    finally:
+        if status is DETACHED:
+            fifos.release()
+        else:
+            fifos.close()
+
+
+async def start_attached(session: Session, container: Container, args: argparse.Namespace) -> int:
+    """`start -a`: as `run`, for a container that is there."""
+    client = session.client
+    state = await inspect_state(client, container)
+    if state.running:
+        return await attach(
+            session, container, keys=detach_keys(args.detach_keys), stdin=args.interactive, signals=True
+        )
+    await lifecycle.clear_task(client, container)
+    await lifecycle.meant_to(client, container, "running")
+    mounts = await lifecycle.mounts_of(client, container)
+    status = await start_followed(
+        session, container, mounts, interactive=args.interactive, signals=True, keys=detach_keys(args.detach_keys)
+    )
+    return status or 0
+
+
+async def attach(session: Session, container: Container, *, keys: bytes, stdin: bool, signals: bool) -> int:
+    """Follows a container that runs: its output from now on, its exit code."""
+    from wherry.cli.attach import Waiter
+
+    client = session.client
+    await lifecycle.require(client, container, {"running"}, "can't be attached to: it is {status}")
+    task = await client.tasks.get(container.id)
+    try:
+        fifos = Fifos.existing(task.stdio)
+    except FailedPrecondition:
+        raise FailedPrecondition(
+            f"container {name_of(container)} has no streams to attach to: 'wherry logs -f "
+            f"{name_of(container)}' follows its output"
+        ) from None
+    try:
+        waiter = Waiter(client, container.id)
+        status = follow(
+            session, fifos, waiter, container.id, tty=task.stdio.terminal, signals=signals,
+            keys=keys if task.stdio.terminal else b"", stdin=stdin,
+        )  # fmt: skip
+    finally:
+        fifos.release()
+    return status or 0

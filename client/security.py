@@ -1,0 +1,103 @@
+"""`--security-opt` and capabilities as docker's options name them, in the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from wherry.client.spec import ALL_DEVICES, capability, host_devices, own_capabilities, seccomp_of
+from wherry.client.spec_defaults import capabilities
+from wherry.core.errors import InvalidArgument
+
+
+class Security(NamedTuple):
+    """`seccomp`: "" is the default profile, `unconfined` none, else a file. `label` is SELinux' context."""
+
+    seccomp: str = ""
+    no_new_privileges: bool = False
+    apparmor: str = ""
+    label: str = ""
+    unmasked: bool = False
+    writable_cgroups: bool = False
+
+
+def parse_options(items: Iterable[str]) -> Security:
+    """From `KEY=VALUE` or `KEY:VALUE` items; raises InvalidArgument."""
+    security = Security()
+    for item in items:
+        separator = "=" if "=" in item else ":"
+        key, given, value = item.partition(separator)
+        security = _option(security, item, key, value if given else None)
+    return security
+
+
+def _option(security: Security, item: str, key: str, value: str | None) -> Security:
+    if key in {"no-new-privileges", "writable-cgroups"}:
+        if value not in {None, "true", "false"}:
+            raise InvalidArgument(f"--security-opt {item!r}: {key} is true or false")
+        on = value != "false"
+        return security._replace(no_new_privileges=on) if key[0] == "n" else security._replace(writable_cgroups=on)
+    if not value:
+        raise InvalidArgument(
+            f"--security-opt {item!r}: expected seccomp=FILE, apparmor=PROFILE, label=VALUE, no-new-privileges, "
+            "systempaths=unconfined or writable-cgroups"
+        )
+    if key == "seccomp":
+        return security._replace(seccomp="" if value in {"default", "builtin"} else value)
+    if key == "apparmor":
+        return security._replace(apparmor=value)
+    if key == "systempaths":
+        if value != "unconfined":
+            raise InvalidArgument(f"--security-opt {item!r}: systempaths can only be unconfined")
+        return security._replace(unmasked=True)
+    if key == "label":
+        # `disable` is what we do unless a whole context is given: there is no SELinux policy of ours
+        return security._replace(label="" if value == "disable" else value)
+    raise InvalidArgument(f"--security-opt {item!r}: unknown option {key!r}")
+
+
+def apply(
+    spec: dict[str, Any], security: Security, *, privileged: bool, add: Sequence[str], drop: Sequence[str]
+) -> None:
+    """Capabilities, seccomp, masks and profiles of a specification that has the defaults; raises InvalidArgument."""
+    process, linux = spec["process"], spec["linux"]
+    names = _capabilities(list(process["capabilities"]["bounding"]), privileged=privileged, add=add, drop=drop)
+    process["capabilities"] = capabilities(names)
+    process["noNewPrivileges"] = security.no_new_privileges
+    if security.apparmor and security.apparmor != "unconfined":
+        process["apparmorProfile"] = security.apparmor
+    if security.label:
+        process["selinuxLabel"] = security.label
+        linux["mountLabel"] = security.label
+    if privileged or security.unmasked:
+        linux["maskedPaths"], linux["readonlyPaths"] = [], []
+    writable = {"sysfs", "cgroup"} if privileged else {"cgroup"} if security.writable_cgroups else set()
+    for mount in spec["mounts"]:
+        if mount.get("type") in writable:
+            mount["options"] = ["rw" if option == "ro" else option for option in mount["options"]]
+    if privileged:
+        linux["devices"] = host_devices("/dev")
+        linux["resources"]["devices"] = [dict(rule) for rule in ALL_DEVICES]
+    wanted = security.seccomp or ("unconfined" if privileged else "")
+    if wanted != "unconfined":
+        linux["seccomp"] = seccomp_of(wanted, names)
+
+
+def _capabilities(names: list[str], *, privileged: bool, add: Sequence[str], drop: Sequence[str]) -> list[str]:
+    """docker's rule: ALL is added or dropped first, then what is named."""
+    added, dropped = [capability(name) for name in add], [capability(name) for name in drop]
+    if privileged or "CAP_ALL" in added:
+        names = own_capabilities()
+    if "CAP_ALL" in dropped:
+        names = []
+    names += [name for name in added if name not in names and name != "CAP_ALL"]
+    _known([*added, *dropped])
+    return [name for name in names if name not in dropped or name in added]
+
+
+def _known(names: Iterable[str]) -> None:
+    from wherry.client.capabilities import NAMES
+
+    for name in names:
+        if name != "CAP_ALL" and name not in NAMES:
+            raise InvalidArgument(f"unknown capability {name.removeprefix('CAP_')}: capabilities(7) lists them")
