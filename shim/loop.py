@@ -317,6 +317,7 @@ class Children:
         self._loop = loop
         self._waiting: dict[int, list[Future[Exit]]] = {}
         self._unclaimed: dict[int, Exit] = {}
+        self._keepers: dict[int, Callable[[Exit], None]] = {}
         self._expecting = 0
         self._wake_read, self._wake_write = -1, -1
         if opened:
@@ -338,13 +339,19 @@ class Children:
         """Collect every child that has ended."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                seen = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if seen is None:
                 return
-            code = os.waitstatus_to_exitcode(status)
-            self._ended(Exit(pid, code if code >= 0 else 128 - code, time.time_ns()))
+            pid, status = seen.si_pid, seen.si_status
+            end = Exit(pid, status if seen.si_code == os.CLD_EXITED else 128 + status, time.time_ns())
+            # what is to be kept is kept before the kernel forgets it: a shim that dies here has lost nothing it knew
+            keep = self._keepers.pop(pid, None)
+            if keep is not None:
+                keep(end)
+            os.waitpid(pid, 0)
+            self._ended(end)
 
     def _ended(self, end: Exit) -> None:
         waiting = self._waiting.pop(end.pid, None)
@@ -363,6 +370,10 @@ class Children:
         else:
             self._waiting.setdefault(pid, []).append(future)
         return future
+
+    def keep(self, pid: int, keeper: Callable[[Exit], None]) -> None:
+        """Have a child's exit told to `keeper` before it is reaped. It must not raise."""
+        self._keepers[pid] = keeper
 
     def __enter__(self) -> None:
         self._expecting += 1

@@ -60,6 +60,7 @@ class Process:
         self._bundle = bundle
         self._starting = False
         self._held: Exit | None = None
+        self._kept = False
         self._on_exit: Callable[[Exit], None] = self.settle
 
     @property
@@ -78,6 +79,7 @@ class Process:
         """The runtime made it. Call inside `with children` that began before, lest its end be missed."""
         self.pid = pid
         self._on_exit = on_exit
+        self._shim.children.keep(pid, self._keep)
         end = self._shim.children.exited(pid)
         end.add_callback(lambda: self._exited(end.result()))
 
@@ -92,6 +94,15 @@ class Process:
         if held is not None:
             self._on_exit(held)
 
+    def _keep(self, end: Exit) -> None:
+        """Note its end in the bundle, before it is reaped."""
+        reach("shim.exit.seen")
+        try:
+            write_exit(self._bundle, self.exec_id, end, self.reason)
+            self._kept = True
+        except OSError as error:  # the bundle was taken away under us; the event still says it
+            log("error", f"an exit was not kept: {error}", id=self.id)
+
     def _exited(self, end: Exit) -> None:
         reach("shim.exit.reaped")
         self.reaped = True
@@ -105,10 +116,8 @@ class Process:
         if self.end is not None:
             return
         self.io.flush()
-        try:
-            write_exit(self._bundle, self.exec_id, end, self.reason)
-        except OSError as error:  # the bundle was taken away under us; the event still says it
-            log("error", f"an exit was not kept: {error}", id=self.id)
+        if self.reason or not self._kept:
+            self._keep(end)
         reach("shim.exit.written")
         self.machine.move(Operation.EXIT)
         self.end = end
