@@ -42,7 +42,7 @@ lint: install
 
 types: install
 	$(BIN)/mypy $(PACKAGES)
-	$(BIN)/mypy tests bench
+	$(BIN)/mypy tests bench examples
 
 # in two processes: the first one's tests fork, and a process that has used grpcio has threads and fork handlers of its own
 test: lint types

@@ -23,6 +23,8 @@ PACKAGES = {
     "skopeo": "skopeo",
     "busybox": "busybox-static",
     "hyperfine": "hyperfine",
+    "redis-server": "redis-server",
+    "redis-cli": "redis-server",
     "qemu-system-x86_64": "qemu-system-x86",
     "mke2fs": "e2fsprogs",
     "newuidmap": "uidmap",
