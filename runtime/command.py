@@ -70,8 +70,6 @@ def _dispatch(flags: dict[str, object], rest: list[str], log: Log) -> int:
         topic = rest[1] if len(rest) > 1 and rest[1] in options.COMMANDS else ""
         sys.stdout.write(options.help_text(topic))
         return 0
-    if command in ("checkpoint", "restore"):
-        raise ContainerError(f"{command} is not supported: it needs criu, which this runtime does not drive")
     if command not in options.COMMANDS:
         log.write("error", f"No help topic for '{command}'")
         return 3
@@ -90,7 +88,11 @@ def _dispatch(flags: dict[str, object], rest: list[str], log: Log) -> int:
 
     root = str(flags["root"] or "") or _default_root()
     context = commands.Context(
-        root, log, systemd_cgroup=bool(flags["systemd-cgroup"]), rootless=flags["rootless"] == "true"
+        root,
+        log,
+        systemd_cgroup=bool(flags["systemd-cgroup"]),
+        rootless=flags["rootless"] == "true",
+        criu=str(flags["criu"] or "criu"),
     )
     return commands.run(command, context, given, arguments)
 

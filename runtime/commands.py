@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 class Context:
     """What the global flags say."""
 
-    def __init__(self, root: str, log: Log, *, systemd_cgroup: bool, rootless: bool = False) -> None:
+    def __init__(
+        self, root: str, log: Log, *, systemd_cgroup: bool, rootless: bool = False, criu: str = "criu"
+    ) -> None:
         self.root = os.path.abspath(root)
+        self.criu = criu
         self.log = log
         self.systemd_cgroup = systemd_cgroup
         self.rootless = rootless
@@ -63,8 +66,8 @@ def _request(context: Context, flags: Flags, container_id: str) -> container.Cre
         console_socket=os.path.abspath(flags["console-socket"]) if flags["console-socket"] else "",
         pid_file=os.path.abspath(flags["pid-file"]) if flags["pid-file"] else "",
         no_pivot=flags["no-pivot"],
-        no_new_keyring=flags["no-new-keyring"],
-        preserve_fds=preserved(flags),
+        no_new_keyring=flags.get("no-new-keyring", False),
+        preserve_fds=preserved(flags) if "preserve-fds" in flags else 0,
         systemd_cgroup=context.systemd_cgroup,
         notify="NOTIFY_SOCKET" in os.environ,
         rootless=context.rootless,
@@ -241,6 +244,21 @@ def _events(context: Context, flags: Flags, arguments: list[str]) -> int:
     return events.run(context.root, arguments[0], once=flags["stats"], interval=flags["interval"] or "5s")
 
 
+def _checkpoint(context: Context, flags: Flags, arguments: list[str]) -> int:
+    from wherry.runtime import checkpoint, checkpoint_flags
+
+    checkpoint.checkpoint(context.root, arguments[0], checkpoint_flags.for_checkpoint(context.criu, flags))
+    return 0
+
+
+def _restore(context: Context, flags: Flags, arguments: list[str]) -> int:
+    from wherry.runtime import checkpoint_flags, foreground
+
+    request = _request(context, flags, arguments[0])
+    request.notify = False  # who was waited for has said so before it was written
+    return foreground.restore(request, checkpoint_flags.for_restore(context.criu, flags), detach=flags["detach"])
+
+
 def _spec(context: Context, flags: Flags, arguments: list[str]) -> int:
     from wherry.runtime import default_spec
 
@@ -271,6 +289,8 @@ _BODIES: dict[str, Callable[[Context, Flags, list[str]], int]] = {
     "resume": _resume,
     "update": _update,
     "events": _events,
+    "checkpoint": _checkpoint,
+    "restore": _restore,
     "spec": _spec,
     "features": _features,
 }

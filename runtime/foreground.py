@@ -21,10 +21,41 @@ if TYPE_CHECKING:
     import _socket
     from collections.abc import Callable
 
+    from wherry.runtime.checkpoint import Options
+
 
 def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_socket: str = "") -> int:
     """create, start, and unless detached wait and delete; returns the exit code (128 + N for signal N)."""
-    from wherry.runtime import create, spec
+    from wherry.runtime import create
+
+    def begin() -> int:
+        return create.create(request, meanwhile=_load_the_rest)
+
+    return _live(request, begin, starts=True, detach=detach, keep=keep, pidfd_socket=pidfd_socket)
+
+
+def restore(request: container.CreateRequest, options: Options, *, detach: bool) -> int:
+    """The same with a container that goes on where it was when it was written."""
+    from wherry.runtime import restore as implementation
+
+    def begin() -> int:
+        return implementation.restore(request, options)
+
+    return _live(request, begin, starts=False, detach=detach, keep=False)
+
+
+def _live(
+    request: container.CreateRequest,
+    begin: Callable[[], int],
+    *,
+    starts: bool,
+    detach: bool,
+    keep: bool,
+    pidfd_socket: str = "",
+) -> int:
+    """A container's life as far as its caller waits for it. begin: makes it and returns init's pid; starts: init has
+    yet to be told to execute the program."""
+    from wherry.runtime import spec
 
     if request.spec is None:
         request.spec = spec.load(request.bundle)
@@ -36,7 +67,7 @@ def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_soc
     if relay:
         request.console_fd = relay.far_end
     try:
-        pid = create.create(request, meanwhile=_load_the_rest)
+        pid = begin()
         try:
             if relay:
                 relay.receive()
@@ -46,7 +77,8 @@ def run(request: container.CreateRequest, *, detach: bool, keep: bool, pidfd_soc
                 commands.send_pidfd(pidfd_socket, pid)
             if not detach:
                 _forward_signals(pid, relay)  # before the program can make anybody believe that it is ready for them
-            container.start(request.root, request.id)
+            if starts:
+                container.start(request.root, request.id)
             code = 0 if detach else _wait(pid, relay)
         except BaseException:
             container.delete(request.root, request.id, force=True)

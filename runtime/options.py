@@ -17,7 +17,7 @@ GLOBAL: Table = {
     "log": (STRING, "", "set the log file to write logs to (default: stderr)"),
     "log-format": (STRING, "", "set the log format: 'text' (default) or 'json'"),
     "root": (STRING, "", "root directory for storage of container state (default: /run/wherry-runtime)"),
-    "criu": (STRING, "", "path to the criu binary"),
+    "criu": (STRING, "", "path to the criu binary (default: criu)"),
     "systemd-cgroup": (BOOL, "", 'cgroupsPath has the form "slice:prefix:name"'),
     "rootless": (STRING, "", "ignore cgroup permission errors ('true', 'false' or 'auto')"),
     "help": (BOOL, "h", "show help"),
@@ -32,6 +32,19 @@ _CREATE: Table = {
     "no-pivot": (BOOL, "", "do not use pivot root to jail the process inside rootfs (for a rootfs on a ramdisk)"),
     "no-new-keyring": (BOOL, "", "do not create a new session keyring for the container"),
     "preserve-fds": (INT, "", "pass N additional file descriptors to the container (stdio + $LISTEN_FDS + N)"),
+}
+
+_CRIU: Table = {
+    "image-path": (STRING, "", "path of criu's image files (default: ./checkpoint)"),
+    "work-path": (STRING, "", "path for criu's work files and logs"),
+    "tcp-established": (BOOL, "", "allow open tcp connections"),
+    "ext-unix-sk": (BOOL, "", "allow external unix sockets"),
+    "shell-job": (BOOL, "", "allow shell jobs"),
+    "lazy-pages": (BOOL, "", "use userfaultfd to lazily restore memory pages"),
+    "file-locks": (BOOL, "", "handle file locks"),
+    "manage-cgroups-mode": (STRING, "", "cgroups mode: soft, full, strict or ignore"),
+    "empty-ns": (LIST, "", "create a namespace, but don't restore its properties (network)"),
+    "auto-dedup": (BOOL, "", "enable auto deduplication of memory images"),
 }
 
 COMMANDS: dict[str, tuple[Table, int, int, str]] = {
@@ -132,6 +145,35 @@ COMMANDS: dict[str, tuple[Table, int, int, str]] = {
         1,
         1,
         "display container events such as OOM notifications and resource usage",
+    ),
+    "checkpoint": (
+        {
+            **_CRIU,
+            "parent-path": (STRING, "", "path of the previous images, relative to --image-path"),
+            "leave-running": (BOOL, "", "leave the container running"),
+            "pre-dump": (BOOL, "", "dump memory only, and leave the container running"),
+            "page-server": (STRING, "", "ADDRESS:PORT of the page server"),
+            "status-fd": (INT, "", "criu writes \\0 to this descriptor once lazy-pages is ready"),
+        },
+        1,
+        1,
+        "checkpoint a running container",
+    ),
+    "restore": (
+        {
+            **_CRIU,
+            "bundle": _CREATE["bundle"],
+            "console-socket": _CREATE["console-socket"],
+            "pid-file": _CREATE["pid-file"],
+            "no-pivot": _CREATE["no-pivot"],
+            "detach": (BOOL, "d", "detach from the container's process"),
+            "no-subreaper": (BOOL, "", "do not adopt the container's orphans"),
+            "lsm-profile": (STRING, "", "security profile to restore with, TYPE:NAME"),
+            "lsm-mount-context": (STRING, "", "security context of the restored mounts"),
+        },
+        1,
+        1,
+        "restore a container from a checkpoint",
     ),
     "spec": (
         {
