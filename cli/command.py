@@ -67,6 +67,7 @@ GROUPED = (
 DAEMON = (
     Group(("events", "event"), "events", "show what happens as it happens", single=True),
     _verb("version", "version", "versions of client and daemon"),
+    _verb("gc", "gc", "remove what nothing references, or say what keeps a thing"),
 )
 GROUPS = (*EVERYDAY, *IMAGES, *DAEMON, *GROUPED)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wherry.client.content import Content
     from wherry.client.diff import Diff
     from wherry.client.events import Events
+    from wherry.client.gc import Gc
     from wherry.client.images import Images
     from wherry.client.introspection import Introspection, Version
     from wherry.client.leases import Leases
@@ -84,6 +85,13 @@ class Client:
         from wherry.client.events import Events
 
         return Events(self.calls)
+
+    @property
+    def gc(self) -> Gc:
+        """The garbage collector; `wherryd` alone has it."""
+        from wherry.client.gc import Gc
+
+        return Gc(self.calls)
 
     @property
     def images(self) -> Images:

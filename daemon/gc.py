@@ -63,11 +63,13 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a collection did: things removed by kind, the seconds it took, the snapshotters that lost snapshots."""
+    """What a collection did: things removed by kind, the seconds it took, the snapshotters that lost snapshots, and the
+    things themselves."""
 
     removed: dict[str, int]
     seconds: float
     snapshotters: frozenset[str]
+    things: tuple[Node, ...] = ()
 
 
 class Collector:
@@ -124,7 +126,7 @@ class Collector:
             garbage = await self._sweep()
             removed = await self._remove_files(garbage)
             snapshotters = {node.key.partition("/")[0] for node in garbage if node.kind == SNAPSHOT}
-            stats = Stats(removed, time.monotonic() - begun, frozenset(snapshotters))
+            stats = Stats(removed, time.monotonic() - begun, frozenset(snapshotters), tuple(garbage))
             self._collections += 1
             self._seconds += stats.seconds
             self._last = time.monotonic()
@@ -136,22 +138,18 @@ class Collector:
         """What a collection would remove now."""
         return (await self._mark())[1]
 
+    async def graph(self) -> gc_graph.Graph:
+        """Everything and its references, as they are now: for those who ask why a thing is kept."""
+        writing = self._content.open_ingests()
+        return await self._metadata.read(lambda db: gc_graph.build(db, writing))
+
     async def why(self, namespace: str, kind: str, id: str) -> list[tuple[str, str, str]]:  # noqa: A002 -- its noun
-        """The chain from a root to the thing, each (kind, id, how it is referenced); empty: nothing keeps it.
+        """The shortest chain from a root to the thing, each (kind, id, how it is referenced); empty: nothing keeps it.
 
         `kind`: content, snapshot (its id is SNAPSHOTTER/KEY), image, container, lease, ingest.
         """
-        writing = self._content.open_ingests()
-        graph = await self._metadata.read(lambda db: gc_graph.build(db, writing))
-        reached = graph.reached()
-        wanted = Node(kind, namespace, id)
-        node: Node | None = next((each for each in (wanted, wanted._replace(flat=True)) if each in reached), None)
-        chain = []
-        while node is not None:
-            origin, how = reached[node]
-            chain.append((node.kind, node.key, how))
-            node = origin
-        return chain[::-1]
+        chains = (await self.graph()).chains(Node(kind, namespace, id))
+        return [(node.kind, node.key, how) for node, how in chains[0]] if chains else []
 
     async def close(self) -> None:
         """Stop running by itself; a collection that is under way is finished."""

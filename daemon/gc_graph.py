@@ -15,6 +15,7 @@ reference it.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+from wherry.core.errors import InvalidArgument
 from wherry.core.labels import GC_EXPIRE, GC_FLAT, GC_ROOT
+from wherry.core.reference import parse_familiar
 from wherry.proto import containers_pb2, content_pb2, images_pb2, leases_pb2, snapshots_pb2, types_pb2
 
 CONTENT = "content"
@@ -38,6 +41,8 @@ COLLECTED = (SNAPSHOT, CONTENT, INGEST, IMAGE, LEASE)
 
 _REF = "containerd.io/gc.ref."
 _BREF = "containerd.io/gc.bref."
+# characters of a digest that name a blob where no other begins with them
+_SHORTEST = 4
 # rows after which the thread lets others have the interpreter
 _BREATH = 64
 
@@ -92,6 +97,65 @@ class Graph:
                     following += [(target, node, label) for target, label in self.references.get(plain, ())]
             frontier = following
         return seen
+
+    def chains(self, target: Node) -> list[list[tuple[Node, str]]]:
+        """The shortest chain from each root that keeps the thing, the shortest first: each node and how it is
+        referenced by the one before, a root why it is one."""
+        incoming = self._incoming()
+        # from the thing upwards; each with the next one on the way down
+        below: dict[Node, tuple[Node, str] | None] = {target: None, target._replace(flat=True): None}
+        frontier = list(below)
+        for node in frontier:  # it grows while it is walked: breadth first
+            for origin, how in incoming.get(node, ()):
+                if origin not in below:
+                    below[origin] = (node, how)
+                    frontier.append(origin)
+        why: dict[Node, str] = {}
+        for node, how in self.roots:
+            why.setdefault(node, how)
+        found = []
+        for node in below:  # in the order in which they were found: the nearest first
+            if node not in why:
+                continue
+            chain = [(node, why[node])]
+            while (step := below[chain[-1][0]]) is not None:
+                chain.append(step)
+            found.append(chain)
+        return found
+
+    def _incoming(self) -> dict[Node, list[tuple[Node, str]]]:
+        """All references turned round, of what is reached flat, too."""
+        turned: dict[Node, list[tuple[Node, str]]] = {}
+        for origin, links in self.structure.items():
+            for target, how in links:
+                for flat in (False, True):
+                    turned.setdefault(target._replace(flat=flat), []).append((origin._replace(flat=flat), how))
+        for origin, links in self.references.items():
+            for target, how in links:
+                turned.setdefault(target, []).append((origin, how))
+        return turned
+
+    def find(self, namespace: str, ref: str) -> list[Node]:
+        """The things of a namespace that `ref` may mean: by their key, a digest also by its beginning, an image also by
+        its familiar name, a snapshot also without its snapshotter."""
+        names = {ref}
+        with contextlib.suppress(InvalidArgument):
+            names.add(str(parse_familiar(ref)))
+        digest = ref.removeprefix("sha256:")
+        short = len(digest) >= _SHORTEST and set(digest) <= set("0123456789abcdef")
+        found = []
+        for node in self.nodes:
+            if node.namespace != namespace:
+                continue
+            key = node.key
+            if (
+                key == ref
+                or (node.kind == IMAGE and key in names)
+                or (node.kind == SNAPSHOT and key.partition("/")[2] == ref)
+                or (short and node.kind == CONTENT and key.startswith(f"sha256:{digest}"))
+            ):
+                found.append(node)
+        return sorted(found)
 
     def garbage(self) -> list[Node]:
         """What nothing keeps."""
