@@ -30,10 +30,17 @@ _HIDDEN = "."
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What the daemon must know to clean up after a shim: `binary` is a stranger's absolute path, "" for our own."""
+    """What the daemon must know to clean up after a shim.
+
+    `binary` is a stranger's absolute path, "" for our own. `group` names those that share a shim of ours. `sandbox`:
+    what is in the bundle is a sandbox, no task; `host` is the sandbox that a task belongs to.
+    """
 
     runtime: str
     binary: str = ""
+    group: str = ""
+    sandbox: bool = False
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class Bundle:
             os.mkdir(os.path.join(self.path, "rootfs"), 0o711)
             os.mkdir(os.path.join(self.path, "work"), 0o711)
             self._write("config.json", spec)
-            if launch.binary:
+            if launch.binary or launch.group:
                 self._write("launch.json", json.dumps(asdict(launch)).encode())
         except BaseException:
             self.delete()
@@ -92,7 +99,7 @@ class Bundle:
         """Which shim it is; our own where nothing else is recorded."""
         try:
             value = json.loads(self._read("launch.json"))
-            return Launch(str(value["runtime"]), str(value["binary"]))
+            return Launch(**value)
         except (OSError, ValueError, KeyError, TypeError):
             return Launch("")
 
@@ -112,6 +119,8 @@ class Bundle:
     def delete(self) -> None:
         """Unmount and remove it; one that isn't there is fine. Raises OSError for a mount that can't be detached."""
         unmount_all(os.path.join(self.path, "rootfs"))
+        for name in _listed(os.path.join(self.path, "ns")):  # a sandbox's namespaces
+            unmount_all(os.path.join(self.path, "ns", name))
         hidden = os.path.join(os.path.dirname(self.path), _HIDDEN + self.id)
         if os.path.lexists(hidden):
             _remove(hidden)

@@ -22,6 +22,8 @@ from wherry.proto.service import GRPC_NAMESPACE, TTRPC_NAMESPACE
 from wherry.proto.ttrpc.client import TtrpcClient
 from wherry.shim.client import Bootstrap, DeadShim, ShimLog
 
+SANDBOX = "containerd.runtime.sandbox.v1.Sandbox"  # the service of a shim that holds a pod
+
 Key = tuple[str, str]  # namespace, id
 R = TypeVar("R", bound=Message)
 
@@ -139,8 +141,12 @@ class Shim:
         """Namespace and id."""
         return self.bundle.namespace, self.bundle.id
 
-    async def call(self, name: str, request: Message, response: type[R], limit: float | None = _CALL) -> R:
-        """Call a method of the task service; messages are those of version 3, which version 2 shares on the wire.
+    async def call(
+        self, name: str, request: Message, response: type[R], limit: float | None = _CALL, service: str = ""
+    ) -> R:
+        """Call a method of the task service, or of `service`.
+
+        Messages are those of version 3, which version 2 shares on the wire.
 
         `limit` in seconds, None for what may wait for ever. Raises what the shim answered, DeadlineExceeded when it
         didn't in time, Unavailable when it is gone (or went, and nobody knows what it did).
@@ -148,7 +154,9 @@ class Shim:
         if self._client is None:
             raise Unavailable(f"shim of {self.bundle.id} is not connected: unavailable")
         try:
-            answer = await self._client.call(self._service, name, request, timeout=limit, metadata=self._metadata)
+            answer = await self._client.call(
+                service or self._service, name, request, timeout=limit, metadata=self._metadata
+            )
         except DeadlineExceeded:
             if limit is None:
                 raise

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc as memory
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
 import structlog
 
 from wherry.core import platforms
 from wherry.core.errors import FailedPrecondition, NotFound
-from wherry.daemon import logs
+from wherry.daemon import logs, metrics
 from wherry.daemon.config import Config
 from wherry.daemon.containers import ContainerService, ContainerStore
 from wherry.daemon.content import ContentStore
@@ -24,15 +25,19 @@ from wherry.daemon.events import EventsService, EventsTtrpcService, Exchange
 from wherry.daemon.events_journal import Journal, Retention
 from wherry.daemon.events_kept import KeptEventsService
 from wherry.daemon.gc import Collector, Policy
+from wherry.daemon.gc_service import GcService
 from wherry.daemon.health import HealthService
 from wherry.daemon.images import ImageService, ImageStore
 from wherry.daemon.introspection import IntrospectionService
 from wherry.daemon.leases import LeaseService, LeaseStore
 from wherry.daemon.link import Limits, Places
 from wherry.daemon.metadata import Metadata
+from wherry.daemon.metrics import CallCounter
 from wherry.daemon.namespaces import NamespaceService, NamespaceStore
 from wherry.daemon.notify import notify
+from wherry.daemon.observed import Observed, Observer
 from wherry.daemon.plugins import Plugins
+from wherry.daemon.sandbox_controller import SandboxController, SandboxControllerService
 from wherry.daemon.sandboxes import SandboxService, SandboxStore
 from wherry.daemon.shims import Shims
 from wherry.daemon.snapshots import SnapshotStore
@@ -40,7 +45,9 @@ from wherry.daemon.snapshots_service import SnapshotService
 from wherry.daemon.snapshotters import load_local, load_proxies
 from wherry.daemon.streaming import StreamingService, StreamManager
 from wherry.daemon.tasks import TaskService
+from wherry.daemon.tracing import Tracer
 from wherry.daemon.transfer import TransferService
+from wherry.daemon.transfer_registry import RegistryService
 from wherry.daemon.version import VersionService
 from wherry.proto.addresses import own
 from wherry.proto.grpc.server import GrpcServer
@@ -68,6 +75,8 @@ class Daemon:
         self._publish_binary = publish_binary
         self._plugins = Plugins(config.disabled_plugins, config.required_plugins)
         self._services: list[object] = []
+        self._observers: list[Observer] = []
+        self._observe()
         self._cleanup = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -82,6 +91,7 @@ class Daemon:
         self._build_transfer()
         self._build_rest()
         self._plugins.check()
+        await self._open_metrics()
         await self._open_ttrpc()
         await self._open_grpc()
         memory.collect()
@@ -154,7 +164,7 @@ class Daemon:
         self._leases = LeaseStore(metadata)
         self._namespaces = NamespaceStore(metadata, publish)
         with load("io.containerd.sandbox.store.v1", "local"):
-            sandboxes = SandboxStore(metadata)
+            self._sandboxes = SandboxStore(metadata)
         self._add("content", ContentService(self._content))
         self._add("snapshots", SnapshotService(self._snapshots))
         self._add("diff", DiffService(self._differ))
@@ -162,15 +172,16 @@ class Daemon:
         self._add("images", ImageService(self._images, self._collector))
         self._add("leases", LeaseService(self._leases, self._collector))
         self._add("namespaces", NamespaceService(self._namespaces))
-        self._add("sandboxes", SandboxService(sandboxes))
+        self._add("sandboxes", SandboxService(self._sandboxes))
+        self._add("gc", GcService(self._collector, self._content, self._snapshots))
 
     async def _build_tasks(self) -> None:
         """Shims, and the search for those that an earlier daemon left."""
         config = self._config
 
-        def known(namespace: str, identity: str) -> bool:
+        def known(namespace: str, identity: str, sandbox: bool) -> bool:
             try:
-                self._containers.get(namespace, identity)
+                (self._sandboxes if sandbox else self._containers).get(namespace, identity)
             except NotFound:
                 return False
             return True
@@ -189,7 +200,11 @@ class Daemon:
             shims = Shims(places, Limits.of(config), self._exchange, self._forks, known)
             self._cleanup.push_async_callback(shims.close)
             shims.load()
-        self._add("tasks", TaskService(config, places.tasks, shims, self._containers, self._namespaces))
+        self._task_service = TaskService(config, places.tasks, shims, self._containers, self._namespaces)
+        self._add("tasks", self._task_service)
+        with self._plugins.load("io.containerd.sandbox.controller.v1", "shim", requires=requires):
+            controller = SandboxController(config, places.tasks, shims, self._sandboxes)
+        self._add("sandbox-controllers", SandboxControllerService(controller, self._sandboxes))
 
     def _build_transfer(self) -> None:
         """Images moved by the daemon itself, and the streams that clients hand to it."""
@@ -207,8 +222,10 @@ class Daemon:
                 applier=self._applier,
                 streams=streams,
                 options=self._config.transfer,
+                limits=self._config.limits,
             )
         self._add("transfer", transfer)
+        self._add("registry", RegistryService(transfer.registries))
 
     def _build_rest(self) -> None:
         self._add("version", VersionService())
@@ -223,9 +240,33 @@ class Daemon:
             log.info("plugin disabled", type="io.containerd.grpc.v1", id=name)
             return
         with self._plugins.load("io.containerd.grpc.v1", name):
-            self._services.append(service)
+            self._services.append(Observed(service, self._observers) if self._observers else service)
+
+    def _observe(self) -> None:
+        """Who watches calls: figures, traces; nobody by default."""
+        if self._config.metrics.address:
+            self._counter = CallCounter(histogram=self._config.metrics.grpc_histogram)
+            self._observers.append(self._counter)
+        if (tracer := Tracer.open()) is not None:
+            self._observers.append(tracer)
+            self._cleanup.push_async_callback(asyncio.to_thread, tracer.close)
 
     # -- the doors
+
+    async def _open_metrics(self) -> None:
+        address = self._config.metrics.address
+        if not address:
+            return
+        source = metrics.Source(self._task_service, self._containers, self._namespaces)
+
+        async def families() -> AsyncIterator[list[metrics.Family]]:
+            yield metrics.own_process()
+            yield self._counter.families()
+            yield await source.families()
+
+        runner = await metrics.serve(address, families)
+        self._cleanup.push_async_callback(runner.cleanup)
+        log.info("figures", address=address, path=metrics.PATH)
 
     async def _open_ttrpc(self) -> None:
         def report(path: str, traceback: str) -> None:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -31,32 +29,23 @@ from wherry.core.errors import (
     from_code,
 )
 from wherry.core.failpoints import reach
-from wherry.core.typeurl import is_a, unpack_as
 from wherry.daemon import logs
 from wherry.daemon.bundle import Bundle, Launch, find
 from wherry.daemon.events import Exchange
-from wherry.daemon.link import Key, Limits, Places, Shim, kill_remains
-from wherry.proto import events_pb2, runc_options_pb2
+from wherry.daemon.link import SANDBOX, Key, Limits, Places, Shim
+from wherry.daemon.starting import CONNECT, Starter
+from wherry.proto import events_pb2
+from wherry.proto import runtime_sandbox_pb2 as sandbox
 from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
 from wherry.proto import task_v3_pb2 as task
 from wherry.proto.types_pb2 import Envelope
-from wherry.shim.client import (
-    Bootstrap,
-    DeadShim,
-    ForeignShim,
-    ForkServer,
-    ShimLog,
-    ShimRequest,
-    delete_shim,
-    start_foreign_shim,
-)
+from wherry.shim.client import DeadShim, ForkServer
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-SIGKILLED = 137  # the exit status of what was killed with its shim
-_CONNECT = 5.0  # seconds until a socket that exists must have accepted us
+_CLEAN_UPS = 3  # how often a clean-up is tried before it is left to the next daemon
 _CREATE = 120.0  # mounts, hooks and the runtime's own start
 
 
@@ -64,13 +53,21 @@ class Shims:
     """All shims of one daemon, by namespace and id."""
 
     def __init__(
-        self, places: Places, limits: Limits, exchange: Exchange, forks: ForkServer, known: Callable[[str, str], bool]
+        self,
+        places: Places,
+        limits: Limits,
+        exchange: Exchange,
+        forks: ForkServer,
+        known: Callable[[str, str, bool], bool],
     ) -> None:
-        """`known(namespace, id)` says whether the container's record exists; what has none is not kept at a load."""
+        """`known(namespace, id, sandbox)` says whether the record of the container, or of the sandbox, exists.
+
+        What has none is not kept at a load.
+        """
         self._places = places
         self._limits = limits
         self._exchange = exchange
-        self._forks = forks
+        self._starter = Starter(places, forks)
         self._known = known
         self._shims: dict[Key, Shim] = {}
         # keys that a create, an end, a load or a clean-up works on; done when it is over
@@ -84,19 +81,28 @@ class Shims:
 
     async def get(self, namespace: str, id: str) -> Shim:  # noqa: A002 -- the field's name
         """The shim of a task. Raises NotFound in containerd's words."""
-        key = namespace, id
-        if key in self._loading:
-            await self._settled(key)
-        shim = self._shims.get(key)
-        if shim is None:
+        shim = await self._find((namespace, id))
+        if shim is None or shim.launch.sandbox:
             raise NotFound(f"task {id} not found: not found")
         return shim
+
+    async def get_sandbox(self, namespace: str, id: str) -> Shim:  # noqa: A002
+        """The shim that holds a sandbox. Raises NotFound."""
+        shim = await self._find((namespace, id))
+        if shim is None or not shim.launch.sandbox:
+            raise NotFound(f"sandbox {id}: not found")
+        return shim
+
+    async def _find(self, key: Key) -> Shim | None:
+        if key in self._loading:
+            await self._settled(key)
+        return self._shims.get(key)
 
     async def list(self, namespace: str) -> list[Shim]:
         """The shims of a namespace, those that the daemon's start is still looking for included."""
         for key in [key for key in self._loading if key[0] == namespace]:
             await self._settled(key)
-        return [shim for key, shim in self._shims.items() if key[0] == namespace]
+        return [shim for key, shim in self._shims.items() if key[0] == namespace and not shim.launch.sandbox]
 
     # -- create
 
@@ -105,11 +111,38 @@ class Shims:
     ) -> Shim:
         """Make the bundle, start a shim, create the task in it; all of it or nothing is left.
 
-        `options` go to a stranger's `start` action, `request` to the shim's Create. A caller that goes away in the
-        middle leaves nothing either: it was never told that there is a task. Raises AlreadyExists, and what the shim or
-        its start ran into, in containerd's words.
+        `options` go to a stranger's `start` action, `request` to the shim's Create. A task of a sandbox comes into the
+        sandbox's shim. A caller that goes away in the middle leaves nothing either: it was never told that there is a
+        task. Raises AlreadyExists, NotFound for a sandbox that isn't there, and what the shim or its start ran into, in
+        containerd's words.
         """
-        work = self._spawn(self._create(bundle, spec, launch, options, request))
+
+        async def make(shim: Shim) -> int:
+            try:
+                return (await shim.call("Create", request, task.CreateTaskResponse, _CREATE)).pid
+            except WherryError as error:
+                raise from_code(error.code, f"failed to create shim task: {error.message}") from error
+
+        return await self._make(bundle, spec, launch, options, make)
+
+    async def create_sandbox(
+        self, bundle: Bundle, spec: bytes, launch: Launch, options: any_pb2.Any, request: sandbox.CreateSandboxRequest
+    ) -> Shim:
+        """As `create`, for a sandbox. `launch.sandbox` is true."""
+
+        async def make(shim: Shim) -> int:
+            try:
+                await shim.call("CreateSandbox", request, sandbox.CreateSandboxResponse, _CREATE, SANDBOX)
+            except WherryError as error:
+                raise from_code(error.code, f"failed to create sandbox {bundle.id}: {error.message}") from error
+            return 0
+
+        return await self._make(bundle, spec, launch, options, make)
+
+    async def _make(
+        self, bundle: Bundle, spec: bytes, launch: Launch, options: any_pb2.Any, make: Callable[[Shim], Awaitable[int]]
+    ) -> Shim:
+        work = self._spawn(self._create(bundle, spec, launch, options, make))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -117,61 +150,32 @@ class Shims:
             raise
 
     async def _create(
-        self, bundle: Bundle, spec: bytes, launch: Launch, options: any_pb2.Any, request: task.CreateTaskRequest
+        self, bundle: Bundle, spec: bytes, launch: Launch, options: any_pb2.Any, make: Callable[[Shim], Awaitable[int]]
     ) -> Shim:
         key = bundle.namespace, bundle.id
         async with self._working(key):
             if key in self._shims:
-                raise AlreadyExists(f"task {bundle.id}: already exists")
+                what = "sandbox" if launch.sandbox else "task"
+                raise AlreadyExists(f"{what} {bundle.id}: already exists")
+            host = await self.get_sandbox(key[0], launch.host) if launch.host else None
             began = time.perf_counter()
             bundle.create(spec, launch)
-            reach("daemon.create.bundle")
-            shim = Shim(bundle, launch, self._planned(key))
+            reach("daemon.create.bundled")
+            shim = Shim(bundle, launch, self._starter.planned(bundle, launch))
             try:
-                shim = await self._launch(shim, options)
+                async with self._group(shim):
+                    shim = await self._starter.start(shim, options, self._closed, host)
                 launched = time.perf_counter()
-                response = await self._create_task(shim, request)
+                shim.pid = await make(shim)
+                reach("daemon.create.created")
             except BaseException:
                 await self._undo(shim)
                 raise
-            reach("daemon.create.made")
-            shim.pid = response.pid
             self._shims[key] = shim
-            reach("daemon.create.kept")
             if logs.is_debug():
                 took = {"launch_ms": launched - began, "create_ms": time.perf_counter() - launched}
                 log.debug("task created", id=bundle.id, **{name: round(s * 1000, 2) for name, s in took.items()})
             return shim
-
-    async def _launch(self, shim: Shim, options: any_pb2.Any) -> Shim:
-        """Start the process and connect."""
-        bundle, launch = shim.bundle, shim.launch
-        if launch.binary:
-            shim_log = self._open_log(bundle)
-            try:
-                bootstrap = await start_foreign_shim(self._foreign(bundle, launch), options)
-            except BaseException:
-                shim_log.close()
-                raise
-            shim = Shim(bundle, launch, bootstrap)
-            shim.shim_log = shim_log
-            bundle.write_bootstrap(bootstrap)
-        else:
-            # recorded before there is one: a daemon that dies in between finds the shim at its planned address
-            bundle.write_bootstrap(shim.bootstrap)
-            reach("daemon.create.planned")
-            bootstrap = await self._forks.spawn(self._request(bundle, options))
-            reach("daemon.create.spawned")
-            shim.bootstrap = replace(shim.bootstrap, pid=bootstrap.pid)
-        await shim.connect(_CONNECT, self._closed)
-        reach("daemon.create.connected")
-        return shim
-
-    async def _create_task(self, shim: Shim, request: task.CreateTaskRequest) -> task.CreateTaskResponse:
-        try:
-            return await shim.call("Create", request, task.CreateTaskResponse, _CREATE)
-        except WherryError as error:
-            raise from_code(error.code, f"failed to create shim task: {error.message}") from error
 
     async def _undo(self, shim: Shim) -> None:
         """Take back a shim whose task was not created. A failure here is logged: the first error is the one to tell."""
@@ -179,10 +183,12 @@ class Shims:
         try:
             if not shim.met and not shim.launch.binary:
                 with contextlib.suppress(WherryError):  # it may have been forked although the answer never came
-                    await shim.connect(_CONNECT, self._closed)
+                    await shim.connect(CONNECT, self._closed)
+            if self._starter.shared(shim):  # the shim stays; a create that came too late must not
+                await self._end_task(shim)
             if not await self._leave(shim, now=True):
                 # it died, perhaps in the middle of making the container; what it forked may still hold its socket
-                await self._delete_dead(shim)
+                await self._starter.delete(shim, self._limits.cleanup)
         except (WherryError, OSError) as error:
             log.error("could not take back a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
         await self._remove(shim)
@@ -212,8 +218,32 @@ class Shims:
             reach("daemon.end.left")
             await self._remove(shim)
 
+    async def end_sandbox(self, shim: Shim) -> None:
+        """End a sandbox with the tasks that are left in it, its shim, its bundle. Raises what the shim refuses."""
+        address = shim.bootstrap.address
+        members = [one for one in self._shims.values() if one.bootstrap.address == address and one is not shim]
+        await asyncio.gather(*(self._destroy(member) for member in members))
+        shim.leaving = True
+        try:
+            request = sandbox.ShutdownSandboxRequest(sandbox_id=shim.bundle.id)
+            await shim.call("ShutdownSandbox", request, sandbox.ShutdownSandboxResponse, service=SANDBOX)
+        except BaseException:
+            shim.leaving = False
+            if not shim.connected:
+                self._closed(shim)
+            raise
+        self.end(shim)
+
     async def _destroy(self, shim: Shim) -> None:
-        """End a task that nobody is to have, whatever it does now."""
+        """End a task, or a sandbox, that nobody is to have, whatever it does now."""
+        if shim.launch.sandbox:
+            with contextlib.suppress(WherryError):
+                await self.end_sandbox(shim)
+            return
+        await self._end_task(shim)
+        self.end(shim)
+
+    async def _end_task(self, shim: Shim) -> None:
         identity = shim.bundle.id
         for name, request, response in (
             ("Kill", task.KillRequest(id=identity, signal=signal.SIGKILL, all=True), empty_pb2.Empty),
@@ -224,31 +254,34 @@ class Shims:
                 if name == "Kill":
                     wait = task.WaitRequest(id=identity)
                     await shim.call("Wait", wait, task.WaitResponse, self._limits.cleanup)
-        self.end(shim)
 
     async def _leave(self, shim: Shim, *, now: bool) -> bool:
-        """Tell a shim to exit and wait until it has; one that doesn't is killed. Whether it said that it would."""
-        answered = False
-        if shim.connected:
-            with contextlib.suppress(WherryError):
-                request = task.ShutdownRequest(id=shim.bundle.id, now=now)
-                await shim.call("Shutdown", request, empty_pb2.Empty, self._limits.shutdown)
-                answered = True
-            if not await shim.wait_closed(self._limits.shutdown):
-                log.warning("shim does not leave, it is killed", namespace=shim.key[0], id=shim.key[1])
-                kill_remains(*shim.key, self._places.grpc_address)
-        await shim.hang_up()
-        return answered
+        """Tell a shim to exit and wait until it has; one that doesn't is killed. Whether it said that it would.
+
+        One that others use stays.
+        """
+        async with self._group(shim):
+            answered = shared = self._starter.shared(shim)
+            self._starter.drop(shim)
+            if shim.connected and not shared:
+                with contextlib.suppress(WherryError):
+                    request = task.ShutdownRequest(id=shim.bundle.id, now=now)
+                    await shim.call("Shutdown", request, empty_pb2.Empty, self._limits.shutdown)
+                    answered = True
+                if not await shim.wait_closed(self._limits.shutdown):
+                    log.warning("shim does not leave, it is killed", namespace=shim.key[0], id=shim.key[1])
+                    self._starter.kill(shim)
+            await shim.hang_up()
+            return answered
 
     async def _remove(self, shim: Shim) -> None:
         """Remove what a shim leaves on disk; errors are logged, the record of it is gone already."""
+        self._starter.drop(shim)
         try:
             shim.bundle.delete()
         except OSError as error:
             log.error("could not remove the bundle", path=shim.bundle.path, error=str(error))
-        if not shim.launch.binary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._places.socket(shim.key))
+        self._starter.remove_socket(shim)
 
     # -- a shim that died
 
@@ -278,33 +311,31 @@ class Shims:
             del self._shims[shim.key]
 
     async def _clean_up(self, shim: Shim) -> None:
-        """Kill and remove what a dead shim left, and report its container's end once."""
+        """Kill and remove what a dead shim left, and report its container's end once.
+
+        Where that can't be done (who did it was killed, too, again and again) the bundle stays, for the next daemon:
+        a container that may be running is not told to have ended.
+        """
         try:
-            dead = await self._delete_dead(shim)
+            dead = await self._starter.delete(shim, self._limits.cleanup)
         except (WherryError, OSError) as error:
             log.error("could not clean up after a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
-            dead = DeadShim(shim.pid, SIGKILLED, time.time_ns(), f"the shim died, and its clean-up failed: {error}")
+            await shim.hang_up()
+            if not shim.lost.done():
+                shim.lost.set_exception(Unavailable(f"the shim of {shim.bundle.id} died, and its clean-up: {error}"))
+                shim.lost.exception()  # nobody has to wait for it
+            return
         reach("daemon.bury.deleted")
         await shim.hang_up()
         # told before the bundle goes: a daemon that dies in between leaves it to the next one, to whom the journal says
         # what was told already
-        if dead.pid or shim.pid:
+        if (dead.pid or shim.pid) and not shim.launch.sandbox:
             await self._report(shim, dead)
         reach("daemon.bury.told")
         await self._remove(shim)
         reach("daemon.bury.removed")
         if not shim.lost.done():
             shim.lost.set_result(dead)
-
-    async def _delete_dead(self, shim: Shim) -> DeadShim:
-        bundle, launch = shim.bundle, shim.launch
-        if not launch.binary:
-            # what it had forked to make the container may be half-way still, and would go on behind the clean-up's back
-            kill_remains(bundle.namespace, bundle.id, self._places.grpc_address)
-            return await self._forks.delete(self._request(bundle, any_pb2.Any()))
-        answer = await delete_shim(self._foreign(bundle, launch), within=self._limits.cleanup)
-        exited_at = answer.exited_at.ToNanoseconds() or time.time_ns()
-        return DeadShim(answer.pid, answer.exit_status or SIGKILLED, exited_at, f"its shim {launch.binary} died")
 
     async def _report(self, shim: Shim, dead: DeadShim) -> None:
         namespace, identity = shim.key
@@ -348,30 +379,35 @@ class Shims:
         for bundle in find(self._places.tasks):
             key = bundle.namespace, bundle.id
             self._loading.add(key)
-            self._spawn(self._load(bundle))
+            launch = bundle.launch()
+            shim = Shim(bundle, launch, bundle.bootstrap() or self._starter.planned(bundle, launch))
+            self._starter.use(shim)  # before any of them is looked at: one may be another's, too
+            self._spawn(self._load(shim))
 
     async def loaded(self) -> None:
         """Wait until every bundle was looked at."""
         for key in tuple(self._loading):
             await self._settled(key)
 
-    async def _load(self, bundle: Bundle) -> None:
-        key = bundle.namespace, bundle.id
+    async def _load(self, shim: Shim) -> None:
         try:
-            async with self._working(key):
-                await self._adopt(bundle)
+            async with self._working(shim.key):
+                await self._adopt(shim)
         finally:
-            self._loading.discard(key)
+            self._loading.discard(shim.key)
 
-    async def _adopt(self, bundle: Bundle) -> None:
+    async def _adopt(self, shim: Shim) -> None:
         """Take over one shim, or clean up after it."""
-        launch = bundle.launch()
-        shim = Shim(bundle, launch, bundle.bootstrap() or self._planned((bundle.namespace, bundle.id)))
+        bundle, launch = shim.bundle, shim.launch
         if launch.binary:
-            shim.shim_log = self._open_log(bundle)
+            shim.shim_log = self._starter.open_log(bundle)
         try:
             await shim.connect(self._limits.load, self._closed)
-            state = await shim.state(self._limits.load)
+            if launch.sandbox:
+                ping = sandbox.PingRequest(sandbox_id=bundle.id)
+                await shim.call("PingSandbox", ping, sandbox.PingResponse, self._limits.load, SANDBOX)
+            else:
+                await shim.state(self._limits.load)
         except DeadlineExceeded:
             log.warning("shim does not answer, it is kept", namespace=bundle.namespace, id=bundle.id)
         except NotFound:
@@ -384,11 +420,11 @@ class Shims:
             await self._clean_up(shim)
             return
         else:
-            log.debug("shim found", namespace=bundle.namespace, id=bundle.id, pid=state.pid)
+            log.debug("shim found", namespace=bundle.namespace, id=bundle.id, pid=shim.pid)
         self._shims[shim.key] = shim
         if not shim.connected:  # it hung up while we looked at it
             self._closed(shim)
-        elif not self._known(*shim.key):
+        elif not self._known(*shim.key, launch.sandbox):
             log.warning("task without a container is removed", namespace=bundle.namespace, id=bundle.id)
             self._spawn(self._destroy(shim))
 
@@ -416,6 +452,15 @@ class Shims:
             del self._busy[key]
             mine.set_result(None)
 
+    @contextlib.asynccontextmanager
+    async def _group(self, shim: Shim) -> AsyncIterator[None]:
+        """Start or end a shim alone, where several tasks may be in it."""
+        if not shim.launch.group:
+            yield
+            return
+        async with self._working((shim.key[0], f"{shim.launch.group}/")):  # no id has a slash
+            yield
+
     async def _settled(self, key: Key) -> None:
         while key in self._loading:
             busy = self._busy.get(key)
@@ -431,43 +476,6 @@ class Shims:
         self._tasks.discard(work)
         if not work.cancelled() and (error := work.exception()) is not None and not isinstance(error, WherryError):
             log.error("work on a shim failed", exc_info=error)
-
-    def _planned(self, key: Key) -> Bootstrap:
-        return Bootstrap(f"unix://{self._places.socket(key)}")
-
-    def _open_log(self, bundle: Bundle) -> ShimLog:
-        def sink(line: str) -> None:
-            log.info("shim", namespace=bundle.namespace, id=bundle.id, line=line)
-
-        return ShimLog(bundle.path, sink)
-
-    def _foreign(self, bundle: Bundle, launch: Launch) -> ForeignShim:
-        return ForeignShim(
-            binary=launch.binary,
-            namespace=bundle.namespace,
-            id=bundle.id,
-            bundle=bundle.path,
-            grpc_address=self._places.grpc_address,
-            ttrpc_address=self._places.ttrpc_address,
-            publish_binary=self._places.publish_binary,
-            debug=self._places.log_level in ("debug", "trace"),
-        )
-
-    def _request(self, bundle: Bundle, options: any_pb2.Any) -> ShimRequest:
-        cgroup = ""
-        if is_a(options, runc_options_pb2.Options):
-            cgroup = unpack_as(options, runc_options_pb2.Options).shim_cgroup
-        return ShimRequest(
-            namespace=bundle.namespace,
-            id=bundle.id,
-            bundle=bundle.path,
-            socket=self._places.socket((bundle.namespace, bundle.id)),
-            ttrpc_address=self._places.ttrpc_address,
-            grpc_address=self._places.grpc_address,
-            log_level=self._places.log_level,
-            shim_cgroup=cgroup,
-            state=os.path.join(self._places.runtime, bundle.namespace),
-        )
 
 
 def timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from dataclasses import replace
 
 import structlog
 from google.protobuf import any_pb2, empty_pb2
@@ -30,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 # a namespace's default runtime (containerd's label for it)
 _RUNTIME_LABEL = "containerd.io/defaults/runtime"
+# annotations whose value names the shim that containers share, the first of them counts (containerd-shim-runc-v2's)
+_GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 # seconds; a process that is started runs the runtime's whole set-up and the hooks
 _START = 120.0
 # seconds that a listing gives a shim that was mute the last time
@@ -65,7 +69,7 @@ class TaskService:
         container = self._containers.get(namespace, check_identifier("task ID", request.container_id))
         if request.HasField("checkpoint") and request.checkpoint.digest:
             raise Unimplemented("starting a task from a checkpoint: not implemented")
-        launch, options = self._runtime(namespace, container, request)
+        launch, options = await self._runtime(namespace, container, request)
         bundle = Bundle(self._folder, namespace, container.id)
         given = request.options if request.options.value else options
         shim = await self._shims.create(
@@ -241,13 +245,20 @@ class TaskService:
             self._containers.get(namespace, identity)
             raise
 
-    def _runtime(
+    async def _runtime(
         self, namespace: str, container: Container, request: pb.CreateTaskRequest
     ) -> tuple[Launch, any_pb2.Any]:
-        """The shim to start, and the container's options for it."""
-        name = request.runtime_path or container.runtime.name
-        name = name or self._namespaces.labels(namespace).get(_RUNTIME_LABEL, "")
-        launch = runtimes.resolve(name, self._config.runtimes)
+        """The shim to start or to join, and the container's options for it."""
+        if container.sandbox:
+            host = await self._shims.get_sandbox(namespace, container.sandbox)
+            # whatever the container names: it comes into the sandbox's shim
+            launch = replace(host.launch, sandbox=False, host=container.sandbox)
+        else:
+            name = request.runtime_path or container.runtime.name
+            name = name or self._namespaces.labels(namespace).get(_RUNTIME_LABEL, "")
+            launch = runtimes.resolve(name, self._config.runtimes)
+            if not launch.binary and (group := _group(container.spec.value)):
+                launch = replace(launch, group=group)
         return launch, runtimes.options(container.runtime.options, launch, self._config.runtimes)
 
     async def _listed(self, shim: Shim) -> Process | None:
@@ -285,6 +296,18 @@ def _process(state: shim_api.StateResponse) -> Process:
         exit_status=state.exit_status,
         exited_at=state.exited_at if state.HasField("exited_at") else None,
     )
+
+
+def _group(spec: bytes) -> str:
+    """The shim that a container shares, by the annotations that containerd's shims go by; "" for one of its own."""
+    if not any(name.encode() in spec for name in _GROUPS):  # nearly always; the specification is parsed elsewhere
+        return ""
+    try:
+        annotations = json.loads(spec).get("annotations") or {}
+        found = next((str(annotations[name]) for name in _GROUPS if annotations.get(name)), "")
+    except (ValueError, AttributeError):
+        return ""  # what is wrong with it is said where the bundle is made
+    return check_identifier("shim group", found) if found else ""
 
 
 def _deleted(identity: str, answer: shim_api.DeleteResponse) -> pb.DeleteResponse:
