@@ -47,7 +47,7 @@ LEVELS = ("trace", "debug", "info", "warn", "error", "fatal", "panic")
 _MESSAGE_SIZE = 16 << 20  # bytes; containerd's default
 
 # tables and keys of containerd's schema that Wherry has no use for: taken, with a warning where they ask for something
-_IDLE = frozenset({"plugin_dir", "temp", "cgroup", "metrics", "stream_processors", "oom_score"})
+_IDLE = frozenset({"plugin_dir", "temp", "cgroup", "stream_processors", "oom_score"})
 # what a key that is read and changes nothing carries: set to another value than containerd's default, it is warned of
 _NO_EFFECT = types.MappingProxyType({"no effect": True})
 # the deadlines that are heeded (daemon/link.py), and containerd's defaults of those that are not
@@ -106,6 +106,14 @@ class Debug:
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """`[metrics]`: `address` is `HOST:PORT` for Prometheus, empty: nothing is served (see daemon/metrics.py)."""
+
+    address: str = ""
+    grpc_histogram: bool = False
+
+
+@dataclass(frozen=True)
 class Gc:
     """`io.containerd.gc.v1.scheduler`: delays are durations such as "100ms"."""
 
@@ -144,13 +152,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Transfer:
-    """`io.containerd.transfer.v1.local`: `config_path` is a folder as docker's and containerd's `certs.d`."""
+    """`io.containerd.transfer.v1.local`: `config_path` is a folder as docker's and containerd's `certs.d`.
+
+    `concurrent_layer_fetch_buffer`, from 512 (bytes) on, has larger layers fetched in pieces of that size, four at once;
+    below, layers that come slowly are.
+    """
 
     max_concurrent_downloads: int = 3
     max_concurrent_uploaded_layers: int = 3
     config_path: str = ""
     check_platform_supported: bool = field(default=False, metadata=_NO_EFFECT)
-    concurrent_layer_fetch_buffer: int = field(default=0, metadata=_NO_EFFECT)
+    concurrent_layer_fetch_buffer: int = 0
     max_concurrent_unpacks: int = field(default=1, metadata=_NO_EFFECT)
     unpack_config: Sequence[Mapping[str, Any]] = field(default=(), metadata=_NO_EFFECT)
 
@@ -193,12 +205,15 @@ class Limits:
     """`[limits]`, a table of ours: what an image may be; 0: no limit.
 
     `layer_bytes` and `layer_entries` are those of one layer's archive, uncompressed; `image_layers` are as many as the
-    kernel lays over each other (fs/overlayfs, OVL_MAX_STACK).
+    kernel lays over each other (fs/overlayfs, OVL_MAX_STACK). `image_parts` are all manifests, configurations and
+    layers of an image for all platforms together, `document_bytes` is the size of a manifest or a configuration.
     """
 
     layer_bytes: int = 100 << 30
     layer_entries: int = 5_000_000
     image_layers: int = 500
+    image_parts: int = 20_000
+    document_bytes: int = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -237,6 +252,7 @@ class Config:
     grpc: Grpc = Grpc()
     ttrpc: Ttrpc = Ttrpc()
     debug: Debug = Debug()
+    metrics: Metrics = Metrics()
     timeouts: Mapping[str, str] = field(default_factory=dict)
     proxy_plugins: Mapping[str, ProxyPlugin] = field(default_factory=dict)
     limits: Limits = Limits()

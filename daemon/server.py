@@ -76,8 +76,8 @@ class Daemon:
         self._plugins = Plugins(config.disabled_plugins, config.required_plugins)
         self._services: list[object] = []
         self._observers: list[Observer] = []
-        self._observe()
         self._cleanup = contextlib.AsyncExitStack()
+        self._observe()
 
     async def start(self) -> None:
         """Build everything and serve. Raises WherryError or OSError for what can't be; then `stop` still cleans up."""
