@@ -33,13 +33,17 @@ async def connect(
     namespace: str | None = None,
     timeout: float | None = None,  # noqa: ASYNC109 - the limit of each call that is made later
     connect_timeout: float | None = CONNECT_TIMEOUT,
+    patience: float = 0.0,
 ) -> Client:
     """A client over gRPC for programs with asyncio.
 
     `address` is the path of the gRPC socket of `wherryd` or containerd; it and `namespace` come from the environment
-    where they aren't given. Raises Unavailable where nobody answers within `connect_timeout` seconds.
+    where they aren't given. With `patience` a call waits so many seconds for a daemon that went away and can be made
+    again without harm (`wherry.client.patience`). Raises Unavailable where nobody answers within `connect_timeout`
+    seconds.
     """
     from wherry.client.grpc_async import GrpcTransport
+    from wherry.client.patience import PatientTransport
 
     where = address or default_address()
     check_socket(where)
@@ -49,7 +53,8 @@ async def connect(
     except BaseException:
         await transport.close()
         raise
-    return Client.over(transport, namespace or default_namespace(), timeout=timeout)
+    chosen = PatientTransport(transport, patience) if patience else transport
+    return Client.over(chosen, namespace or default_namespace(), timeout=timeout)
 
 
 def check_socket(address: str) -> None:

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from wherry.client.tasks import Exit
     from wherry.core.platforms import Platform
 
-# seconds between two tries to reach a daemon that went away
-RETRY = 0.2
+# seconds between two tries to reach a daemon that went away, and for which it may be away
+RETRY, PATIENCE = 0.2, 10.0
 
 
 class Container(Guest):
@@ -96,15 +96,18 @@ class Wherry:
         root: str = "",
         state: str = "",
         timeout: float | None = None,
+        patience: float = PATIENCE,
         sandboxes: str = "",
     ) -> None:
         """`address` is the socket of `wherryd` or containerd; it and `namespace` come from the environment where they
         aren't given. With `embedded` a `wherryd` is started, on folders `root` and `state`, and stopped at the end.
-        `timeout` is the limit of each call in seconds, `sandboxes` a folder for what belongs to sandboxes.
+        `timeout` is the limit of each call in seconds, `patience` how long a daemon may be away (see
+        `wherry.client.patience`), `sandboxes` a folder for what belongs to sandboxes.
         """
         self._address = address
         self._namespace = namespace
         self._timeout = timeout
+        self._patience = patience
         self._sandboxes = sandboxes
         self._embedded = Embedded(root=root, state=state, address=address or "") if embedded else None
         self._client: Client | None = None
@@ -126,7 +129,9 @@ class Wherry:
             self._address = self._embedded.address
         self._address = self._address or default_address()
         try:
-            self._client = await connect(self._address, namespace=self._namespace, timeout=self._timeout)
+            self._client = await connect(
+                self._address, namespace=self._namespace, timeout=self._timeout, patience=self._patience
+            )
         except BaseException:
             if self._embedded is not None:
                 await asyncio.to_thread(self._embedded.stop)
