@@ -1,7 +1,7 @@
 """Images from one kind of place to another, moved by the daemon: `containerd.services.transfer.v1`.
 
 Registry to image store (pull), back (push), archive to image store (import), back (export), one name to another (tag).
-Events and rules are those of containerd's `core/transfer`.
+Events and rules are those of containerd's `core/transfer`. Registry to registry (copy) is an addition of ours.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -21,6 +20,7 @@ from wherry.core.descriptor import Descriptor
 from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
 from wherry.core.labels import GC_EXPIRE
 from wherry.core.platforms import host
+from wherry.daemon.config import Limits
 from wherry.daemon.config import Transfer as Options
 from wherry.daemon.content import ContentStore
 from wherry.daemon.images import ImageStore
@@ -30,15 +30,15 @@ from wherry.daemon.snapshots import SnapshotStore
 from wherry.daemon.streaming import ByteSender, StreamManager, receive_bytes
 from wherry.daemon.transfer_image import Selection, from_proto, platform_from_proto, to_proto
 from wherry.daemon.transfer_progress import Progress
-from wherry.daemon.transfer_pull import Tree, Unpack, Wanted
+from wherry.daemon.transfer_pull import Source, Tree, Unpack, Wanted
+from wherry.daemon.transfer_registry import Registries
+from wherry.daemon.transfer_sharing import Turns
 from wherry.daemon.transfer_unpack import Unpacker
 from wherry.proto import images_pb2, transfer_pb2
 from wherry.proto import transfer_types_pb2 as types
+from wherry.proto import wherry_registry_pb2 as registry_pb2
 from wherry.proto.service import Context
 from wherry.snapshotter.applier import Applier
-
-if TYPE_CHECKING:
-    from wherry.registry.resolver import Resolver
 
 # hours that a transfer's lease stays when the daemon dies in it
 LEASE_HOURS = 24
@@ -71,6 +71,7 @@ class TransferService:
         applier: Applier,
         streams: StreamManager,
         options: Options | None = None,
+        limits: Limits | None = None,
         default_snapshotter: str = "overlayfs",
     ) -> None:
         self._content = content
@@ -81,7 +82,10 @@ class TransferService:
         self._options = options or Options()
         self._default_snapshotter = default_snapshotter
         self._applier = applier
-        self._unpacker = Unpacker(content, snapshots, applier)
+        self._limits = limits or Limits()
+        self._turns = Turns()
+        self.registries = Registries(streams, self._options, self._limits)
+        self._unpacker = Unpacker(content, snapshots, applier, self._turns)
         self._downloads = asyncio.Semaphore(max(1, self._options.max_concurrent_downloads))
         self._uploads = asyncio.Semaphore(max(1, self._options.max_concurrent_uploaded_layers))
         self._handlers: dict[tuple[type[Message], type[Message]], Handler] = {
@@ -90,6 +94,8 @@ class TransferService:
             (types.ImageImportStream, types.ImageStore): self._import,
             (types.ImageStore, types.ImageExportStream): self._export,
             (types.ImageStore, types.ImageStore): self._tag,
+            (types.OCIRegistry, types.OCIRegistry): self._copy,
+            (registry_pb2.CopySource, types.OCIRegistry): self._copy,
         }
 
     async def transfer(self, request: transfer_pb2.TransferRequest, context: Context) -> Empty:
@@ -134,7 +140,7 @@ class TransferService:
         place = f"OCI Registry ({registry.reference})"
         # refused before anything is asked for: a snapshotter that isn't there
         wanted = self._wanted(call, store)
-        async with self._warmed(wanted), self._resolver(call, registry) as resolver:
+        async with self._warmed(wanted), self.registries.resolver(call.namespace, registry) as resolver:
             call.progress.say(f"Resolving from {place}")
             try:
                 name, root = await resolver.resolve(registry.reference)
@@ -147,7 +153,7 @@ class TransferService:
             call.progress.start(name)
             parsed = reference.parse(registry.reference)
             wanted.host, wanted.repository = parsed.host, parsed.path
-            tree = self._tree(call, wanted, resolver.fetcher(registry.reference).fetch)
+            tree = self._tree(call, wanted, resolver.fetcher(registry.reference))
             await tree.bring(root)
         await self._save(call, store, root, _names(store, root))
         call.progress.say(f"Completed pull from {place}")
@@ -159,7 +165,7 @@ class TransferService:
         store, registry = _expect(source, types.ImageStore), _expect(destination, types.OCIRegistry)
         place = f"OCI Registry ({registry.reference})"
         target = from_proto(self._images.get(call.namespace, store.name).target)
-        async with self._resolver(call, registry) as resolver:
+        async with self.registries.resolver(call.namespace, registry) as resolver:
             call.progress.say(f"Pushing to {place}")
             call.progress.say("pushing content", store.name, target)
             call.progress.start(store.name)
@@ -169,29 +175,28 @@ class TransferService:
         call.progress.say("pushed content", store.name, target)
         call.progress.say(f"Completed push to {place}", "", target)
 
-    @contextlib.asynccontextmanager
-    async def _resolver(self, call: _Call, registry: types.OCIRegistry) -> AsyncIterator[Resolver]:
-        from wherry.daemon.transfer_credentials import credentials_for  # noqa: PLC0415
-        from wherry.registry.hosts import Host, hosts_for, netloc_of  # noqa: PLC0415
-        from wherry.registry.resolver import Resolver  # noqa: PLC0415
+    async def _copy(self, call: _Call, source: Message, destination: Message) -> None:
+        """From registry to registry. Both may ask the client who the user is, each over its own stream."""
+        from wherry.daemon.transfer_copy import Copy  # noqa: PLC0415
 
-        asked = registry.resolver
-        headers = dict(asked.headers)
-        stream = self._streams.get(call.namespace, asked.auth_stream) if asked.auth_stream else None
-        credentials = credentials_for(registry.reference, headers, stream)
-
-        def find(name: str) -> list[Host]:
-            config_dir = asked.host_dir or self._options.config_path
-            found = hosts_for(name, config_dir=config_dir, default_scheme=asked.default_scheme)
-            own = netloc_of(name)
-            return [replace(host, headers={**_for(host.netloc == own, headers), **host.headers}) for host in found]
-
-        try:
-            async with Resolver(find, credentials) as resolver:
-                yield resolver
-        finally:
-            if stream is not None:
-                stream.close()
+        wanted = source if isinstance(source, registry_pb2.CopySource) else None
+        old = wanted.registry if wanted is not None else _expect(source, types.OCIRegistry)
+        new = _expect(destination, types.OCIRegistry)
+        before, after = reference.parse(old.reference), reference.parse(new.reference)
+        async with (
+            self.registries.resolver(call.namespace, old) as pulling,
+            self.registries.resolver(call.namespace, new) as pushing,
+        ):
+            call.progress.say(f"Resolving from OCI Registry ({old.reference})")
+            name, root = await pulling.resolve(old.reference)
+            call.progress.say(f"Copying to OCI Registry ({new.reference})")
+            call.progress.start(name)
+            fetcher, pusher = pulling.fetcher(old.reference), pushing.pusher(new.reference)
+            mounts = [before.path] if before.host == after.host else []
+            copy = Copy(fetcher, pusher, call.progress, self._uploads, self._limits, mounts)
+            platforms = [platform_from_proto(item) for item in wanted.platforms] if wanted is not None else []
+            root = await copy.copy(root, after, platforms)
+        call.progress.say(f"Completed copy to OCI Registry ({new.reference})", "", root)
 
     # -- archives
 
@@ -285,10 +290,17 @@ class TransferService:
         selection = Selection(platforms, store.manifest_limit)
         return Wanted(call.namespace, call.lease, selection, store.all_metadata, unpacks)
 
-    def _tree(
-        self, call: _Call, wanted: Wanted, fetch: Callable[[Descriptor, int], AsyncIterator[bytes]] | None
-    ) -> Tree:
-        return Tree(self._content, self._unpacker, call.progress, wanted, fetch=fetch, slots=self._downloads)
+    def _tree(self, call: _Call, wanted: Wanted, source: Source | None) -> Tree:
+        return Tree(
+            self._content,
+            self._unpacker,
+            call.progress,
+            wanted,
+            source=source,
+            slots=self._downloads,
+            turns=self._turns,
+            limits=self._limits,
+        )
 
     async def _save(self, call: _Call, store: types.ImageStore, target: Descriptor, names: list[str]) -> int:
         """Store the image under all its names. Raises NotFound where it has none."""
@@ -306,11 +318,6 @@ def _expect(message: Message, kind: type[T]) -> T:
         have, want = message.DESCRIPTOR.full_name, kind.DESCRIPTOR.full_name
         raise InvalidArgument(f"{have} where {want} belongs: invalid argument")
     return message
-
-
-def _for(registry: bool, headers: Mapping[str, str]) -> Mapping[str, str]:
-    """The client's headers for a host: only the registry itself learns who the user is, no mirror of it."""
-    return {key: value for key, value in headers.items() if registry or key.lower() != "authorization"}
 
 
 def _names(store: types.ImageStore, target: Descriptor) -> list[str]:

@@ -11,7 +11,7 @@ from wherry.core.descriptor import Descriptor
 from wherry.core.errors import NotFound, WherryError
 from wherry.daemon.content import ContentStore
 from wherry.daemon.transfer_archive import ArchiveWriter
-from wherry.daemon.transfer_image import Selection, read_children
+from wherry.daemon.transfer_image import Selection, check_depth, read_children
 from wherry.daemon.transfer_import import NAME, REF_NAME
 
 
@@ -52,8 +52,9 @@ class Exporter:
         await archive.file("oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
         await archive.end()
 
-    async def _collect(self, node: Descriptor) -> None:
+    async def _collect(self, node: Descriptor, depth: int = 0) -> None:
         """All wanted content below a node."""
+        check_depth(node, depth)
         if node.digest in self._blobs:
             return
         if self.skip_nondistributable and mediatypes.is_nondistributable(node.media_type):
@@ -68,7 +69,7 @@ class Exporter:
                 raise NotFound(f"no manifest of {node.digest} is for the wanted platform: not found")
             children = chosen
         for child in children:
-            await self._collect(child)
+            await self._collect(child, depth + 1)
 
     async def _docker_entry(self, name: str, target: Descriptor, found: dict[str, dict[str, object]]) -> None:
         """What `docker load` wants to know of an image: the best manifest, its configuration and layers."""

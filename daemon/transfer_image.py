@@ -10,16 +10,18 @@ from typing import Any
 from wherry.core import mediatypes
 from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest
-from wherry.core.errors import InvalidArgument, ResourceExhausted
+from wherry.core.errors import InvalidArgument
 from wherry.core.labels import DISTRIBUTION_SOURCE, GC_REF_CONTENT
 from wherry.core.platforms import Platform, ranker
+from wherry.daemon.config import Limits
 from wherry.daemon.content import ContentStore
 from wherry.proto import content_pb2, types_pb2
+from wherry.snapshotter.limits import too_many
 
 # bytes of a manifest, index or configuration that is read into memory
 MAX_DOCUMENT = 8 << 20
-# nodes of one image's tree: a bound against trees that are made to be endless
-MAX_NODES = 20_000
+# indexes within indexes: real ones have two
+MAX_DEPTH = 16
 
 
 def from_proto(message: types_pb2.Descriptor) -> Descriptor:
@@ -62,7 +64,7 @@ def parse_document(data: bytes, descriptor: Descriptor) -> dict[str, Any]:
     """A manifest, index or configuration as an object. Raises InvalidArgument that names it."""
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{ref_key(descriptor)} is not JSON: {error}: invalid argument") from error
     if not isinstance(value, dict):
         raise InvalidArgument(f"{ref_key(descriptor)} is no JSON object: invalid argument")
@@ -91,9 +93,23 @@ def _list(value: object, where: str) -> list[Descriptor]:
         return []
     if not isinstance(value, list):
         raise InvalidArgument(f"{where} is no array: invalid argument")
-    if len(value) > MAX_NODES:
-        raise ResourceExhausted(f"{where} has more than {MAX_NODES} entries: resource exhausted")
     return [Descriptor.from_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+
+
+def check_size(descriptor: Descriptor, limits: Limits) -> None:
+    """Raises ResourceExhausted for a manifest, index or configuration that is larger than one may be."""
+    kind, limit = descriptor.media_type, limits.document_bytes
+    document = mediatypes.is_index(kind) or mediatypes.is_manifest(kind) or mediatypes.is_config(kind)
+    if document and 0 < limit < descriptor.size:
+        raise too_many(f"{ref_key(descriptor)} has {descriptor.size} bytes", limit, "document_bytes")
+
+
+def check_depth(descriptor: Descriptor, depth: int) -> None:
+    """Raises InvalidArgument for an index that is too deep within others."""
+    if depth > MAX_DEPTH:
+        raise InvalidArgument(
+            f"{ref_key(descriptor)}: indexes within indexes, more than {MAX_DEPTH} deep: invalid argument"
+        )
 
 
 async def read_children(content: ContentStore, namespace: str, descriptor: Descriptor) -> list[Descriptor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from wherry.core import mediatypes
 from wherry.core.descriptor import Descriptor
@@ -18,12 +18,14 @@ from wherry.core.errors import (
     Unavailable,
 )
 from wherry.core.platforms import Platform, matches, normalize
+from wherry.daemon.config import Limits
 from wherry.daemon.content import ContentStore
 from wherry.daemon.transfer_image import (
     MAX_DOCUMENT,
-    MAX_NODES,
     Selection,
     add_labels,
+    check_depth,
+    check_size,
     children_labels,
     children_of,
     parse_document,
@@ -31,13 +33,22 @@ from wherry.daemon.transfer_image import (
     source_label,
 )
 from wherry.daemon.transfer_progress import Progress
+from wherry.daemon.transfer_sharing import Turn, Turns
 from wherry.daemon.transfer_unpack import Task, Unpacker, first_error
+from wherry.snapshotter.limits import too_many
 
-# seconds between two tries for content that somebody else is fetching
+# seconds between two tries for content that a client of the content service is writing
 LOCKED_PAUSE = 0.1
 
-# gives the content of a descriptor from an offset (bytes) on
-Fetch = Callable[[Descriptor, int], AsyncIterator[bytes]]
+
+class Source(Protocol):
+    """Where content comes from; a repository (`registry.Fetcher`)."""
+
+    def fetch(self, descriptor: Descriptor, offset: int = 0) -> AsyncGenerator[bytes, None]:
+        """The content from an offset (bytes) on."""
+
+    def distrust(self, descriptor: Descriptor) -> bool:
+        """What came wasn't the content; whether it may come from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,7 @@ class Wanted:
 
 
 class Tree:
-    """Brings the tree of one image into the store. `fetch` is None where everything is there already (an import)."""
+    """Brings the tree of one image into the store. `source` is None where everything is there already (an import)."""
 
     def __init__(
         self,
@@ -72,15 +83,19 @@ class Tree:
         progress: Progress,
         wanted: Wanted,
         *,
-        fetch: Fetch | None,
+        source: Source | None,
         slots: asyncio.Semaphore,
+        turns: Turns,
+        limits: Limits,
     ) -> None:
         self._content = content
         self._unpacker = unpacker
         self._progress = progress
         self._wanted = wanted
-        self._fetch = fetch
+        self._source = source
         self._slots = slots
+        self._turns = turns
+        self._limits = limits
         self._nodes = 0
         # the fetch of each digest, so that what two parents share comes once
         self._fetches: dict[str, asyncio.Task[None]] = {}
@@ -112,11 +127,9 @@ class Tree:
     async def _ready(self, descriptor: Descriptor) -> None:
         await asyncio.shield(self._have(descriptor))
 
-    async def _node(self, descriptor: Descriptor, platform: Platform | None) -> None:
+    async def _node(self, descriptor: Descriptor, platform: Platform | None, depth: int = 0) -> None:
         """One node with all that is below it."""
-        self._nodes += 1
-        if self._nodes > MAX_NODES:
-            raise InvalidArgument(f"the image has more than {MAX_NODES} parts: invalid argument")
+        check_depth(descriptor, depth)
         await self._ready(descriptor)
         kind = descriptor.media_type
         if not (mediatypes.is_index(kind) or mediatypes.is_manifest(kind)):
@@ -124,21 +137,30 @@ class Tree:
         wanted = self._wanted
         data = await self._content.read_all(wanted.namespace, descriptor.digest, MAX_DOCUMENT)
         children = children_of(parse_document(data, descriptor), descriptor)
+        self._count(descriptor, len(children))
         self._progress.children(descriptor, children)
         await add_labels(self._content, wanted.namespace, descriptor.digest, children_labels(children))
         if mediatypes.is_index(kind):
-            await self._index(descriptor, children)
+            await self._index(descriptor, children, depth)
         else:
             await self._manifest(children, platform)
 
-    async def _index(self, descriptor: Descriptor, children: list[Descriptor]) -> None:
+    def _count(self, descriptor: Descriptor, more: int) -> None:
+        """Before anything is begun for a manifest's parts: a manifest of a few bytes may name very many."""
+        self._nodes += more
+        limit = self._limits.image_parts
+        if 0 < limit < self._nodes:
+            what = f"{ref_key(descriptor)}: the image has {self._nodes} parts or more"
+            raise too_many(what, limit, "image_parts")
+
+    async def _index(self, descriptor: Descriptor, children: list[Descriptor], depth: int) -> None:
         chosen = self._wanted.selection.choose(children)
         if children and not chosen:
             names = ", ".join(str(platform) for platform in self._wanted.selection.platforms)
             raise NotFound(f"{ref_key(descriptor)}: no match for platform in manifest: {names}: not found")
         others = [child for child in children if child not in chosen] if self._wanted.all_metadata else []
         for child in [*chosen, *others]:
-            self._spawn(self._node(child, child.platform))
+            self._spawn(self._node(child, child.platform, depth + 1))
 
     async def _manifest(self, children: list[Descriptor], platform: Platform | None) -> None:
         """A manifest's configuration now, its layers beside each other; unpacking begins with the first one there."""
@@ -147,6 +169,9 @@ class Tree:
             # metadata only
             await self._ready(config)
             return
+        limit = self._limits.image_layers
+        if self._wanted.unpacks and mediatypes.is_config(config.media_type) and 0 < limit < len(layers):
+            raise too_many(f"the image has {len(layers)} layers", limit, "image_layers")
         for layer in layers:
             self._have(layer)
         await self._ready(config)
@@ -186,53 +211,65 @@ class Tree:
     async def _get(self, descriptor: Descriptor) -> None:
         """Have a descriptor's content in the store, under the lease, with the label that says where it is from."""
         namespace = self._wanted.namespace
-        if self._fetch is None:
+        check_size(descriptor, self._limits)
+        if self._source is None:
             if not self._content.exists(namespace, descriptor.digest):
                 raise NotFound(f"content digest {descriptor.digest}: not found")
             self._progress.finish(descriptor)
             return
-        existed = await self._download(descriptor)
+
+        def told(event: str, progress: int) -> None:
+            self._progress.update(descriptor, event, progress)
+
+        # what another pull is fetching comes once, and holds no place of ours meanwhile
+        async with self._turns.take((namespace, descriptor.digest), told) as (turn, _):
+            existed = await self._download(self._source, descriptor, turn)
         if existed:
             await self._label_source(descriptor)
         self._progress.finish(descriptor, "already exists" if existed else "complete")
 
-    async def _download(self, descriptor: Descriptor) -> bool:
+    async def _download(self, source: Source, descriptor: Descriptor, turn: Turn) -> bool:
         """Fetch into the store; True where it was there already."""
-        wanted = self._wanted
+        # few layers at once; what is small needn't wait for them
+        kind = descriptor.media_type
+        small = mediatypes.is_index(kind) or mediatypes.is_manifest(kind) or mediatypes.is_config(kind)
         while True:
-            try:
-                writer = await self._content.writer(
-                    wanted.namespace,
-                    ref_key(descriptor),
-                    total=descriptor.size,
-                    expected=descriptor.digest,
-                    lease=wanted.lease,
-                )
-            except AlreadyExists:
-                return True
-            except Unavailable as error:
-                if "locked" not in error.message:
-                    raise
-                # another transfer is fetching it: what it got we have
-                await asyncio.sleep(LOCKED_PAUSE)
-                continue
-            # few layers at once; what is small needn't wait for them
-            slot = self._slots if mediatypes.is_layer(descriptor.media_type) else contextlib.nullcontext()
-            async with writer, slot:
-                if writer.offset > descriptor.size:
-                    await writer.truncate()
-                existed = bool(writer.shared)
-                if not existed and writer.offset < descriptor.size and self._fetch is not None:
-                    async for chunk in self._fetch(descriptor, writer.offset):
+            async with nullcontext() if small else self._slots:
+                try:
+                    return await self._write(source, descriptor, turn)
+                except AlreadyExists:
+                    return True
+                except FailedPrecondition as error:
+                    if not source.distrust(descriptor):
+                        raise FailedPrecondition(f"{ref_key(descriptor)}: {error.message}") from error
+                except Unavailable as error:
+                    if "locked" not in error.message:
+                        raise
+            # a client of the content service is writing it: what it got we have
+            await asyncio.sleep(LOCKED_PAUSE)
+
+    async def _write(self, source: Source, descriptor: Descriptor, turn: Turn) -> bool:
+        """One upload into the store, which goes on where an earlier one stopped; True where nothing had to be sent."""
+        wanted = self._wanted
+        writer = await self._content.writer(
+            wanted.namespace,
+            ref_key(descriptor),
+            total=descriptor.size,
+            expected=descriptor.digest,
+            lease=wanted.lease,
+        )
+        async with writer:
+            if writer.offset > descriptor.size:
+                await writer.truncate()
+            existed = bool(writer.shared)
+            if not existed and writer.offset < descriptor.size:
+                async with aclosing(source.fetch(descriptor, writer.offset)) as chunks:
+                    async for chunk in chunks:
                         offset = await writer.write(chunk)
                         self._progress.update(descriptor, "downloading", offset)
-                try:
-                    await self._content.commit_or_label(
-                        writer, descriptor.size, descriptor.digest, self._source_labels()
-                    )
-                except FailedPrecondition as error:
-                    raise FailedPrecondition(f"{ref_key(descriptor)}: {error.message}") from error
-                return existed
+                        turn.tell("downloading", offset)
+            await self._content.commit_or_label(writer, descriptor.size, descriptor.digest, self._source_labels())
+            return existed
 
     def _source_labels(self, existing: str = "") -> dict[str, str]:
         if not self._wanted.host:

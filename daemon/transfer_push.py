@@ -11,7 +11,7 @@ from wherry.core.descriptor import Descriptor
 from wherry.core.errors import FailedPrecondition, NotFound
 from wherry.core.platforms import Platform
 from wherry.daemon.content import ContentStore
-from wherry.daemon.transfer_image import Selection, read_children, source_label
+from wherry.daemon.transfer_image import Selection, check_depth, read_children, source_label
 from wherry.daemon.transfer_progress import Progress
 from wherry.daemon.transfer_unpack import first_error
 from wherry.registry.pusher import OpenContent, Pusher
@@ -48,31 +48,22 @@ class Push:
     async def _choose(self, target: Descriptor, platforms: list[Platform]) -> Descriptor:
         if not platforms or not mediatypes.is_index(target.media_type):
             return target
-        children = await read_children(self._content, self._namespace, target)
-        chosen = Selection(platforms).choose(children)
-        if len(chosen) == len(children):
-            return target
-        if len(chosen) != 1:
-            names = ", ".join(str(platform) for platform in platforms)
-            raise FailedPrecondition(
-                f"an index can't be pushed in part: {len(chosen)} of its {len(children)} manifests are for {names}, "
-                "choose one or all: failed precondition"
-            )
-        return chosen[0]
+        return choose_one(target, await read_children(self._content, self._namespace, target), Selection(platforms))
 
-    async def _tree(self, node: Descriptor, host: str) -> None:
+    async def _tree(self, node: Descriptor, host: str, depth: int = 0) -> None:
         """Everything below a node."""
+        check_depth(node, depth)
         children = await read_children(self._content, self._namespace, node)
         self._progress.children(node, children)
         async with asyncio.TaskGroup() as group:
             for child in children:
-                group.create_task(self._child(child, host))
+                group.create_task(self._child(child, host, depth + 1))
 
-    async def _child(self, child: Descriptor, host: str) -> None:
+    async def _child(self, child: Descriptor, host: str, depth: int) -> None:
         if mediatypes.is_nondistributable(child.media_type):
             return
         self._progress.add(child)
-        await self._tree(child, host)
+        await self._tree(child, host, depth)
         async with self._slots:
             pushed = await self._pusher.push(child, self._reader(child), self._neighbours(child, host))
         self._progress.finish(child, "complete" if pushed else "already exists")
@@ -95,3 +86,20 @@ class Push:
             yield chunk
             done += len(chunk)
             self._progress.update(child, "uploading", done)
+
+
+def choose_one(index: Descriptor, children: list[Descriptor], selection: Selection) -> Descriptor:
+    """What goes by the index's name for some platforms: the one manifest, or the index where it is for these alone.
+
+    Raises FailedPrecondition for a part of an index that isn't one manifest.
+    """
+    chosen = selection.choose(children)
+    if len(chosen) == len(children):
+        return index
+    if len(chosen) != 1:
+        names = ", ".join(str(platform) for platform in selection.platforms)
+        raise FailedPrecondition(
+            f"an index can't be pushed in part: {len(chosen)} of its {len(children)} manifests are for {names}, "
+            "choose one or all: failed precondition"
+        )
+    return chosen[0]

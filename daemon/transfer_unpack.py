@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest, chain_ids
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted, Unavailable, WherryError
-from wherry.core.labels import GC_REF_SNAPSHOT, SNAPSHOT_REF
+from wherry.core.labels import GC_REF_SNAPSHOT, SNAPSHOT_REF, UNCOMPRESSED
 from wherry.daemon.content import ContentStore
 from wherry.daemon.snapshots import SnapshotStore
 from wherry.daemon.transfer_image import add_labels
@@ -113,11 +113,34 @@ class Unpacker:
         done: list[asyncio.Future[None]],
         progress: Progress,
     ) -> None:
-        """Apply one layer and commit it once the one below is committed."""
+        """One layer, unless another transfer applies the same one now: then what it made is there."""
         layer, chain = task.layers[index], chains[index]
+        await task.ready(layer)
+
+        def told(event: str, progress_there: int) -> None:
+            progress.update(layer, event, progress_there)
+
+        # whoever has a chain's turn waits for nobody but those below it, so there is no circle
+        async with self._turns.take((task.namespace, task.snapshotter, chain), told) as (turn, waited):
+            turn.tell("extracting", 0)
+            if not (waited and await self._there(task, chain)):
+                await self._make(task, index, chains, done, progress)
+        await add_labels(self._content, task.namespace, layer.digest, {UNCOMPRESSED: task.diff_ids[index]})
+        progress.finish(layer, "extracted")
+        done[index].set_result(None)
+
+    async def _make(
+        self,
+        task: Task,
+        index: int,
+        chains: list[Digest],
+        done: list[asyncio.Future[None]],
+        progress: Progress,
+    ) -> None:
+        """Apply one layer and commit it once the one below is committed."""
+        chain = chains[index]
         below = chains[index - 1] if index else ""
         beside = self._snapshots.rebases(task.snapshotter) and bool(below) and not done[index - 1].done()
-        await task.ready(layer)
         if beside:
             try:
                 key = await self._apply(task, index, chain, "", progress)
