@@ -34,8 +34,9 @@ from wherry.runtime import container as bundled
 from wherry.shim import template
 from wherry.shim.cleanup import clean_up
 from wherry.shim.log import log, log_exception, take_over
-from wherry.shim.pools import fill_holes
+from wherry.shim.pools import fill_heap, fill_holes, know_types
 from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals, raise_oom_score
+from wherry.shim.settled import settle
 from wherry.shim.warming import walk
 from wherry.shim.words import ShimWords, join, split
 
@@ -62,8 +63,11 @@ def preload() -> Life:
     bundled.preload()
     walk(_own_streams)
     life = Life()
+    settle()
+    know_types()
     gc.collect()
     fill_holes()
+    fill_heap()
     # nothing collected later looks at them, so their pages stay shared
     gc.freeze()
     life.template = template.take()
@@ -86,6 +90,7 @@ def run(control: int, life: Life) -> None:
             return
         if not data:
             return
+        reach("forkserver.asked")
         middle = fork()
         if not middle:
             child(_answer, control, life, data)
