@@ -27,7 +27,7 @@ async def run(session: Session, args: argparse.Namespace) -> int:
     interruptible()
     with coded(OURS):
         keys = detach_keys(args.detach_keys)
-        launched = await _make(session, args)
+        launched = await _make(session, args, running=True)
     client, container = session.client, launched.container
     try:
         if args.detach:
@@ -57,16 +57,17 @@ async def create(session: Session, args: argparse.Namespace) -> None:
     """Makes a container and prints its id."""
     with coded(1):
         args.detach = True
-        launched = await _make(session, args)
+        launched = await _make(session, args, running=False)
     print(launched.container.id)
 
 
-async def _make(session: Session, args: argparse.Namespace) -> Launched:
+async def _make(session: Session, args: argparse.Namespace, *, running: bool) -> Launched:
     client = session.client
     if args.cidfile and os.path.exists(args.cidfile):
         raise InvalidArgument(f"the file {args.cidfile} of --cidfile is there: remove it, or name another")
     recipe = container_flags.recipe(
         args,
+        running=running,
         auto_remove="" if not args.rm else "true" if args.detach else "attached",
         log_uri=container_flags.log_uri(args, lifecycle.default_log(client.namespace)),
     )

@@ -18,6 +18,7 @@ from wherry.core.labels import (
     CONTAINER_NAME,
     LAST_RUN,
     LOG_URI,
+    RESTART_COUNT,
     RESTART_EXPLICITLY_STOPPED,
     RESTART_POLICY,
     RESTART_STATUS,
@@ -83,7 +84,11 @@ async def meant_to(client: Client, container: Container, status: str) -> None:
     if container.labels.get(RESTART_POLICY, "no") in {"", "no"}:
         return
     explicitly = "true" if status == "stopped" else ""
-    await client.containers.label(container.id, {RESTART_STATUS: status, RESTART_EXPLICITLY_STOPPED: explicitly})
+    labels = {RESTART_STATUS: status, RESTART_EXPLICITLY_STOPPED: explicitly}
+    if status == "running":
+        # the last run is over and done with, its restarts too
+        labels |= {LAST_RUN: "", RESTART_COUNT: ""}
+    await client.containers.label(container.id, labels)
 
 
 async def start(client: Client, container: Container, stdio: Stdio | None = None) -> int:
@@ -265,4 +270,4 @@ def policy_labels(policy: str) -> Mapping[str, str]:
         raise InvalidArgument(f"invalid restart policy {policy!r}: only on-failure has a count of tries (on-failure:3)")
     if name in {"no", ""}:
         return {}
-    return {RESTART_POLICY: policy if colon and int(count) else name, RESTART_STATUS: "running"}
+    return {RESTART_POLICY: policy if colon and int(count) else name}

@@ -127,7 +127,8 @@ def _mount_key(wish: Wish, key: str, value: str | None, text: str) -> Wish:
     if value is None:
         raise InvalidArgument(f"invalid mount {text!r}: expected KEY=VALUE, got {key!r}")
     if key in _PLAIN:
-        return wish._replace(**{_PLAIN[key]: value})
+        changes: dict[str, Any] = {_PLAIN[key]: value}
+        return wish._replace(**changes)
     if key in {"target", "dst", "destination"}:
         return wish._replace(target=_target(value, text))
     if key == "bind-propagation" and value not in PROPAGATIONS:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wherry.client import copies, mounting, security
 from wherry.client import limits as limiting
-from wherry.client import mounting, security
 from wherry.client.finding import SHORT, check_free, find
 from wherry.client.launch import RUNTIME, Launch, Launched, create, remove
 from wherry.client.lifecycle import policy_labels
@@ -32,7 +32,9 @@ from wherry.core.labels import (
     HEALTH_CHECK,
     LOG_URI,
     MOUNTS,
+    RESTART_LOG_URI,
     RESTART_POLICY,
+    RESTART_STATUS,
     STDIN_OPEN,
     STOP_SIGNAL,
     STOP_TIMEOUT,
@@ -62,10 +64,11 @@ class Recipe(NamedTuple):
     """What to make; the defaults ask for nothing.
 
     `name` "" has one made up. `entrypoint` None is the image's, else it replaces that and the image's command.
-    `user` None is the image's. `restart` is docker's policy (`on-failure:3`). `namespaces` maps `ipc`, `pid`, `uts`,
-    `cgroupns` and `userns` to docker's modes (`host`, `private`, `container:ID` …). `health` is the `Healthcheck` of an
-    image's configuration (`{"Test": ["NONE"]}` for none); None is the image's. `shm_size` is in bytes. `auto_remove` is
-    "true" where the daemon removes it at once, "attached" where somebody reads the rest of its output first.
+    `user` None is the image's. `restart` is docker's policy (`on-failure:3`), `running` says that it will be started at
+    once. `namespaces` maps `ipc`, `pid`, `uts`, `cgroupns` and `userns` to docker's modes (`host`, `private`,
+    `container:ID` …). `health` is the `Healthcheck` of an image's configuration (`{"Test": ["NONE"]}` for none); None
+    is the image's. `shm_size` is in bytes. `auto_remove` is "true" where the daemon removes it at once, "attached"
+    where somebody reads the rest of its output first.
     """
 
     image: str
@@ -100,6 +103,7 @@ class Recipe(NamedTuple):
     gpus: Sequence[str] = ()
     init: bool = False
     restart: str = ""
+    running: bool = False
     auto_remove: str = ""
     health: Mapping[str, Any] | None = None
     stop_signal: str = ""
@@ -201,8 +205,8 @@ class _Kitchen:
     async def populate(self, launched: Launched) -> None:
         """Puts what the image has into the volumes that are fresh; raises what is in the way, and removes all again."""
         try:
-            for name, path in self._unfilled:
-                await self._client.volumes.populate(name, launched.mounts, path)
+            for folder, path in self._unfilled:
+                copies.fill(folder, launched.mounts, path)
         except BaseException:
             with contextlib.suppress(WherryError):
                 await remove(self._client, launched.container)
@@ -236,8 +240,8 @@ class _Kitchen:
             volume = await volumes.create(wish.source, labels=labels)
             if not wish.source:
                 self._fresh.append(volume.name)
-        if volume.fresh and wish.copy_up:
-            self._unfilled.append((volume.name, wish.target))
+        if wish.copy_up and copies.is_empty(volume.mountpoint):
+            self._unfilled.append((volume.mountpoint, wish.target))
         return volume.mountpoint, volume.name
 
     # -- what follows from the recipe alone
@@ -286,6 +290,10 @@ class _Kitchen:
             labels[STDIN_OPEN] = "true"
         if recipe.log_uri:
             labels[LOG_URI] = recipe.log_uri.replace("{id}", self._id)
+        if RESTART_POLICY in labels:
+            # containerd's own monitor looks there
+            labels |= {RESTART_LOG_URI: labels[LOG_URI]} if LOG_URI in labels else {}
+            labels |= {RESTART_STATUS: "running"} if recipe.running else {}
         if self._shown:
             labels[MOUNTS] = json.dumps({"mounts": self._shown}, separators=(",", ":"))
         health = recipe.health if recipe.health is not None else self._settings.get("Healthcheck")

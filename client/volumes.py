@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from wherry.client.transport import Response
-    from wherry.client.values import Mount
 
 _SERVICE = "wherry.volumes.v1.Volumes"
 
@@ -26,7 +25,7 @@ _SERVICE = "wherry.volumes.v1.Volumes"
 class Volume(NamedTuple):
     """A volume. `mountpoint` is its folder on the daemon's host, `containers` the ids of those whose records name it.
 
-    `fresh`: nothing was put into it yet. `anonymous`: nobody gave it a name.
+    `anonymous`: nobody gave it a name.
     """
 
     name: str
@@ -35,7 +34,6 @@ class Volume(NamedTuple):
     options: Mapping[str, str] = MappingProxyType({})
     created_at: float = 0.0
     anonymous: bool = False
-    fresh: bool = False
     containers: Sequence[str] = ()
 
 
@@ -47,7 +45,6 @@ def _parse(message: pb.Volume) -> Volume:
         options=dict(message.options),
         created_at=seconds(message.created_at),
         anonymous=message.anonymous,
-        fresh=message.fresh,
         containers=list(message.containers),
     )
 
@@ -88,11 +85,6 @@ class Volumes:
         """Removes those that no container names and (without `every`) nobody gave a name: their names, bytes freed."""
         answer = await self._call("Prune", pb.PruneVolumesRequest(all=every, labels=labels), pb.PruneVolumesResponse)
         return list(answer.names), answer.freed
-
-    async def populate(self, name: str, mounts: Iterable[Mount], path: str) -> bool:
-        """Fills a fresh volume with what a file system has at `path`; False where there was nothing to do."""
-        request = pb.PopulateVolumeRequest(name=name, rootfs=[mount.message() for mount in mounts], path=path)
-        return (await self._call("Populate", request, pb.PopulateVolumeResponse)).populated
 
     async def usage(self, name: str) -> int:
         """Bytes on disk."""

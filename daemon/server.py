@@ -27,6 +27,7 @@ from wherry.daemon.events_kept import KeptEventsService
 from wherry.daemon.gc import Collector, Policy
 from wherry.daemon.gc_service import GcService
 from wherry.daemon.health import HealthService
+from wherry.daemon.health_checks import HealthChecks
 from wherry.daemon.images import ImageService, ImageStore
 from wherry.daemon.introspection import IntrospectionService
 from wherry.daemon.leases import LeaseService, LeaseStore
@@ -37,6 +38,7 @@ from wherry.daemon.namespaces import NamespaceService, NamespaceStore
 from wherry.daemon.notify import notify
 from wherry.daemon.observed import Observed, Observer
 from wherry.daemon.plugins import Plugins
+from wherry.daemon.restarts import Restarts
 from wherry.daemon.sandbox_controller import SandboxController, SandboxControllerService
 from wherry.daemon.sandboxes import SandboxService, SandboxStore
 from wherry.daemon.shims import Shims
@@ -49,6 +51,7 @@ from wherry.daemon.tracing import Tracer
 from wherry.daemon.transfer import TransferService
 from wherry.daemon.transfer_registry import RegistryService
 from wherry.daemon.version import VersionService
+from wherry.daemon.volumes import VolumeService, VolumeStore
 from wherry.proto.addresses import own
 from wherry.proto.grpc.server import GrpcServer
 from wherry.proto.ttrpc.server import TtrpcServer
@@ -202,9 +205,27 @@ class Daemon:
             shims.load()
         self._task_service = TaskService(config, places.tasks, shims, self._containers, self._namespaces)
         self._add("tasks", self._task_service)
+        self._build_everyday(self._task_service, shims)
         with self._plugins.load("io.containerd.sandbox.controller.v1", "shim", requires=requires):
             controller = SandboxController(config, places.tasks, shims, self._sandboxes)
         self._add("sandbox-controllers", SandboxControllerService(controller, self._sandboxes))
+
+    def _build_everyday(self, tasks: TaskService, shims: Shims) -> None:
+        """What the daemon does for containers that people made: volumes, restarts, removals, health checks."""
+        volumes = VolumeStore(self._root("volumes"))
+        self._add("volumes", VolumeService(volumes, self._containers))
+        restarts = Restarts(
+            self._exchange,
+            tasks,
+            self._containers,
+            snapshots=self._snapshots,
+            namespaces=self._namespaces,
+            volumes=volumes,
+        )
+        checks = HealthChecks(self._exchange, tasks, self._containers, self._namespaces, self._state("health"))
+        for part in (restarts, checks):
+            part.start(shims)
+            self._cleanup.push_async_callback(part.close)
 
     def _build_transfer(self) -> None:
         """Images moved by the daemon itself, and the streams that clients hand to it."""

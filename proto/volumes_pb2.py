@@ -24,10 +24,9 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
-from wherry.proto import types_pb2 as wherry_dot_proto_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awherry/proto/volumes.proto\x12\x11wherry.volumes.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18wherry/proto/types.proto\"\xc3\x03\n\x06Volume\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12=\n\x06labels\x18\x02 \x03(\x0b\x32%.wherry.volumes.v1.Volume.LabelsEntryR\x06labels\x12@\n\x07options\x18\x03 \x03(\x0b\x32&.wherry.volumes.v1.Volume.OptionsEntryR\x07options\x12\x1e\n\nmountpoint\x18\x04 \x01(\tR\nmountpoint\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1c\n\tanonymous\x18\x06 \x01(\x08R\tanonymous\x12\x14\n\x05\x66resh\x18\x07 \x01(\x08R\x05\x66resh\x12\x1e\n\ncontainers\x18\x08 \x03(\tR\ncontainers\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a:\n\x0cOptionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\xbb\x02\n\x13\x43reateVolumeRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12J\n\x06labels\x18\x02 \x03(\x0b\x32\x32.wherry.volumes.v1.CreateVolumeRequest.LabelsEntryR\x06labels\x12M\n\x07options\x18\x03 \x03(\x0b\x32\x33.wherry.volumes.v1.CreateVolumeRequest.OptionsEntryR\x07options\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a:\n\x0cOptionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"&\n\x10GetVolumeRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"C\n\x0eVolumeResponse\x12\x31\n\x06volume\x18\x01 \x01(\x0b\x32\x19.wherry.volumes.v1.VolumeR\x06volume\"\x14\n\x12ListVolumesRequest\"J\n\x13ListVolumesResponse\x12\x33\n\x07volumes\x18\x01 \x03(\x0b\x32\x19.wherry.volumes.v1.VolumeR\x07volumes\")\n\x13RemoveVolumeRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"?\n\x13PruneVolumesRequest\x12\x10\n\x03\x61ll\x18\x01 \x01(\x08R\x03\x61ll\x12\x16\n\x06labels\x18\x02 \x03(\tR\x06labels\"B\n\x14PruneVolumesResponse\x12\x14\n\x05names\x18\x01 \x03(\tR\x05names\x12\x14\n\x05\x66reed\x18\x02 \x01(\x03R\x05\x66reed\"p\n\x15PopulateVolumeRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12/\n\x06rootfs\x18\x02 \x03(\x0b\x32\x17.containerd.types.MountR\x06rootfs\x12\x12\n\x04path\x18\x03 \x01(\tR\x04path\"6\n\x16PopulateVolumeResponse\x12\x1c\n\tpopulated\x18\x01 \x01(\x08R\tpopulated\")\n\x13VolumeUsageResponse\x12\x12\n\x04size\x18\x01 \x01(\x03R\x04size2\xdf\x04\n\x07Volumes\x12S\n\x06\x43reate\x12&.wherry.volumes.v1.CreateVolumeRequest\x1a!.wherry.volumes.v1.VolumeResponse\x12M\n\x03Get\x12#.wherry.volumes.v1.GetVolumeRequest\x1a!.wherry.volumes.v1.VolumeResponse\x12U\n\x04List\x12%.wherry.volumes.v1.ListVolumesRequest\x1a&.wherry.volumes.v1.ListVolumesResponse\x12H\n\x06Remove\x12&.wherry.volumes.v1.RemoveVolumeRequest\x1a\x16.google.protobuf.Empty\x12X\n\x05Prune\x12&.wherry.volumes.v1.PruneVolumesRequest\x1a\'.wherry.volumes.v1.PruneVolumesResponse\x12_\n\x08Populate\x12(.wherry.volumes.v1.PopulateVolumeRequest\x1a).wherry.volumes.v1.PopulateVolumeResponse\x12T\n\x05Usage\x12#.wherry.volumes.v1.GetVolumeRequest\x1a&.wherry.volumes.v1.VolumeUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awherry/proto/volumes.proto\x12\x11wherry.volumes.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x03\n\x06Volume\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12=\n\x06labels\x18\x02 \x03(\x0b\x32%.wherry.volumes.v1.Volume.LabelsEntryR\x06labels\x12@\n\x07options\x18\x03 \x03(\x0b\x32&.wherry.volumes.v1.Volume.OptionsEntryR\x07options\x12\x1e\n\nmountpoint\x18\x04 \x01(\tR\nmountpoint\x12\x39\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1c\n\tanonymous\x18\x06 \x01(\x08R\tanonymous\x12\x1e\n\ncontainers\x18\x07 \x03(\tR\ncontainers\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a:\n\x0cOptionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\xbb\x02\n\x13\x43reateVolumeRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12J\n\x06labels\x18\x02 \x03(\x0b\x32\x32.wherry.volumes.v1.CreateVolumeRequest.LabelsEntryR\x06labels\x12M\n\x07options\x18\x03 \x03(\x0b\x32\x33.wherry.volumes.v1.CreateVolumeRequest.OptionsEntryR\x07options\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a:\n\x0cOptionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"&\n\x10GetVolumeRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"C\n\x0eVolumeResponse\x12\x31\n\x06volume\x18\x01 \x01(\x0b\x32\x19.wherry.volumes.v1.VolumeR\x06volume\"\x14\n\x12ListVolumesRequest\"J\n\x13ListVolumesResponse\x12\x33\n\x07volumes\x18\x01 \x03(\x0b\x32\x19.wherry.volumes.v1.VolumeR\x07volumes\")\n\x13RemoveVolumeRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\"?\n\x13PruneVolumesRequest\x12\x10\n\x03\x61ll\x18\x01 \x01(\x08R\x03\x61ll\x12\x16\n\x06labels\x18\x02 \x03(\tR\x06labels\"B\n\x14PruneVolumesResponse\x12\x14\n\x05names\x18\x01 \x03(\tR\x05names\x12\x14\n\x05\x66reed\x18\x02 \x01(\x03R\x05\x66reed\")\n\x13VolumeUsageResponse\x12\x12\n\x04size\x18\x01 \x01(\x03R\x04size2\xfe\x03\n\x07Volumes\x12S\n\x06\x43reate\x12&.wherry.volumes.v1.CreateVolumeRequest\x1a!.wherry.volumes.v1.VolumeResponse\x12M\n\x03Get\x12#.wherry.volumes.v1.GetVolumeRequest\x1a!.wherry.volumes.v1.VolumeResponse\x12U\n\x04List\x12%.wherry.volumes.v1.ListVolumesRequest\x1a&.wherry.volumes.v1.ListVolumesResponse\x12H\n\x06Remove\x12&.wherry.volumes.v1.RemoveVolumeRequest\x1a\x16.google.protobuf.Empty\x12X\n\x05Prune\x12&.wherry.volumes.v1.PruneVolumesRequest\x1a\'.wherry.volumes.v1.PruneVolumesResponse\x12T\n\x05Usage\x12#.wherry.volumes.v1.GetVolumeRequest\x1a&.wherry.volumes.v1.VolumeUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,38 +41,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CREATEVOLUMEREQUEST_OPTIONSENTRY']._loaded_options = None
   _globals['_CREATEVOLUMEREQUEST_OPTIONSENTRY']._serialized_options = b'8\001'
-  _globals['_VOLUME']._serialized_start=138
-  _globals['_VOLUME']._serialized_end=589
-  _globals['_VOLUME_LABELSENTRY']._serialized_start=472
-  _globals['_VOLUME_LABELSENTRY']._serialized_end=529
-  _globals['_VOLUME_OPTIONSENTRY']._serialized_start=531
-  _globals['_VOLUME_OPTIONSENTRY']._serialized_end=589
-  _globals['_CREATEVOLUMEREQUEST']._serialized_start=592
-  _globals['_CREATEVOLUMEREQUEST']._serialized_end=907
-  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_start=472
-  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_end=529
-  _globals['_CREATEVOLUMEREQUEST_OPTIONSENTRY']._serialized_start=531
-  _globals['_CREATEVOLUMEREQUEST_OPTIONSENTRY']._serialized_end=589
-  _globals['_GETVOLUMEREQUEST']._serialized_start=909
-  _globals['_GETVOLUMEREQUEST']._serialized_end=947
-  _globals['_VOLUMERESPONSE']._serialized_start=949
-  _globals['_VOLUMERESPONSE']._serialized_end=1016
-  _globals['_LISTVOLUMESREQUEST']._serialized_start=1018
-  _globals['_LISTVOLUMESREQUEST']._serialized_end=1038
-  _globals['_LISTVOLUMESRESPONSE']._serialized_start=1040
-  _globals['_LISTVOLUMESRESPONSE']._serialized_end=1114
-  _globals['_REMOVEVOLUMEREQUEST']._serialized_start=1116
-  _globals['_REMOVEVOLUMEREQUEST']._serialized_end=1157
-  _globals['_PRUNEVOLUMESREQUEST']._serialized_start=1159
-  _globals['_PRUNEVOLUMESREQUEST']._serialized_end=1222
-  _globals['_PRUNEVOLUMESRESPONSE']._serialized_start=1224
-  _globals['_PRUNEVOLUMESRESPONSE']._serialized_end=1290
-  _globals['_POPULATEVOLUMEREQUEST']._serialized_start=1292
-  _globals['_POPULATEVOLUMEREQUEST']._serialized_end=1404
-  _globals['_POPULATEVOLUMERESPONSE']._serialized_start=1406
-  _globals['_POPULATEVOLUMERESPONSE']._serialized_end=1460
-  _globals['_VOLUMEUSAGERESPONSE']._serialized_start=1462
-  _globals['_VOLUMEUSAGERESPONSE']._serialized_end=1503
-  _globals['_VOLUMES']._serialized_start=1506
-  _globals['_VOLUMES']._serialized_end=2113
+  _globals['_VOLUME']._serialized_start=112
+  _globals['_VOLUME']._serialized_end=541
+  _globals['_VOLUME_LABELSENTRY']._serialized_start=424
+  _globals['_VOLUME_LABELSENTRY']._serialized_end=481
+  _globals['_VOLUME_OPTIONSENTRY']._serialized_start=483
+  _globals['_VOLUME_OPTIONSENTRY']._serialized_end=541
+  _globals['_CREATEVOLUMEREQUEST']._serialized_start=544
+  _globals['_CREATEVOLUMEREQUEST']._serialized_end=859
+  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_start=424
+  _globals['_CREATEVOLUMEREQUEST_LABELSENTRY']._serialized_end=481
+  _globals['_CREATEVOLUMEREQUEST_OPTIONSENTRY']._serialized_start=483
+  _globals['_CREATEVOLUMEREQUEST_OPTIONSENTRY']._serialized_end=541
+  _globals['_GETVOLUMEREQUEST']._serialized_start=861
+  _globals['_GETVOLUMEREQUEST']._serialized_end=899
+  _globals['_VOLUMERESPONSE']._serialized_start=901
+  _globals['_VOLUMERESPONSE']._serialized_end=968
+  _globals['_LISTVOLUMESREQUEST']._serialized_start=970
+  _globals['_LISTVOLUMESREQUEST']._serialized_end=990
+  _globals['_LISTVOLUMESRESPONSE']._serialized_start=992
+  _globals['_LISTVOLUMESRESPONSE']._serialized_end=1066
+  _globals['_REMOVEVOLUMEREQUEST']._serialized_start=1068
+  _globals['_REMOVEVOLUMEREQUEST']._serialized_end=1109
+  _globals['_PRUNEVOLUMESREQUEST']._serialized_start=1111
+  _globals['_PRUNEVOLUMESREQUEST']._serialized_end=1174
+  _globals['_PRUNEVOLUMESRESPONSE']._serialized_start=1176
+  _globals['_PRUNEVOLUMESRESPONSE']._serialized_end=1242
+  _globals['_VOLUMEUSAGERESPONSE']._serialized_start=1244
+  _globals['_VOLUMEUSAGERESPONSE']._serialized_end=1285
+  _globals['_VOLUMES']._serialized_start=1288
+  _globals['_VOLUMES']._serialized_end=1798
 # @@protoc_insertion_point(module_scope)

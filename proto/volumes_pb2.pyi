@@ -2,7 +2,6 @@ import datetime
 
 from google.protobuf import empty_pb2 as _empty_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
-from wherry.proto import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -12,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Volume(_message.Message):
-    __slots__ = ("name", "labels", "options", "mountpoint", "created_at", "anonymous", "fresh", "containers")
+    __slots__ = ("name", "labels", "options", "mountpoint", "created_at", "anonymous", "containers")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -33,7 +32,6 @@ class Volume(_message.Message):
     MOUNTPOINT_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     ANONYMOUS_FIELD_NUMBER: _ClassVar[int]
-    FRESH_FIELD_NUMBER: _ClassVar[int]
     CONTAINERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     labels: _containers.ScalarMap[str, str]
@@ -41,9 +39,8 @@ class Volume(_message.Message):
     mountpoint: str
     created_at: _timestamp_pb2.Timestamp
     anonymous: bool
-    fresh: bool
     containers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., options: _Optional[_Mapping[str, str]] = ..., mountpoint: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., anonymous: _Optional[bool] = ..., fresh: _Optional[bool] = ..., containers: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., options: _Optional[_Mapping[str, str]] = ..., mountpoint: _Optional[str] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping[str, object]]] = ..., anonymous: _Optional[bool] = ..., containers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CreateVolumeRequest(_message.Message):
     __slots__ = ("name", "labels", "options")
@@ -112,22 +109,6 @@ class PruneVolumesResponse(_message.Message):
     names: _containers.RepeatedScalarFieldContainer[str]
     freed: int
     def __init__(self, names: _Optional[_Iterable[str]] = ..., freed: _Optional[int] = ...) -> None: ...
-
-class PopulateVolumeRequest(_message.Message):
-    __slots__ = ("name", "rootfs", "path")
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    ROOTFS_FIELD_NUMBER: _ClassVar[int]
-    PATH_FIELD_NUMBER: _ClassVar[int]
-    name: str
-    rootfs: _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]
-    path: str
-    def __init__(self, name: _Optional[str] = ..., rootfs: _Optional[_Iterable[_Union[_types_pb2.Mount, _Mapping[str, object]]]] = ..., path: _Optional[str] = ...) -> None: ...
-
-class PopulateVolumeResponse(_message.Message):
-    __slots__ = ("populated",)
-    POPULATED_FIELD_NUMBER: _ClassVar[int]
-    populated: bool
-    def __init__(self, populated: _Optional[bool] = ...) -> None: ...
 
 class VolumeUsageResponse(_message.Message):
     __slots__ = ("size",)
