@@ -28,7 +28,7 @@ def for_checkpoint(criu: str, flags: Flags) -> Options:
     if options.parent_path:
         if os.path.isabs(options.parent_path):
             raise ContainerError("--parent-path must be relative", INVALID)
-        parent = os.path.join(options.image_path, options.parent_path)
+        parent = os.path.normpath(os.path.join(options.image_path, options.parent_path))  # the images' may not be there
         if not os.path.isdir(parent):
             raise ContainerError(f"--parent-path: {parent} is no directory", INVALID)
     if flags["page-server"]:

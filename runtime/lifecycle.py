@@ -190,16 +190,18 @@ def _has_own_pids(found: state.State) -> bool:
 def delete(root: str, container_id: str, *, force: bool = False) -> None:
     """See `container.delete`."""
     try:
-        found = state.load(root, container_id)
+        _delete(root, container_id, force=force)
     except ContainerError as error:
-        if force and error.kind == NOT_FOUND:
-            return
-        raise
-    status = found.status()
-    if force and found.pid and status != state.STOPPED:
+        if not force or error.kind != NOT_FOUND:
+            raise
+
+
+def _delete(root: str, container_id: str, *, force: bool) -> None:
+    found = state.load(root, container_id)
+    if force and found.pid and found.status() != state.STOPPED:
         _end(found)  # before the lock: a `start` may hold it that waits for a hook in the container
     with state.Lock(found):
-        found = state.load(root, container_id)  # a `create` that held the lock has written more by now
+        found = state.load(root, container_id)  # a command that held the lock has written more by now, or removed it
         status = found.status()
         if status not in (state.STOPPED, state.CREATED) and not force:
             text = f"cannot delete container {container_id} that is not stopped: {status}"

@@ -229,11 +229,15 @@ class Lock:
     """flock(2) on the state's folder for the time of a command: two commands on a container wait for each other.
 
     The lock belongs to the open file: a forked child that inherits it must close it (it is close-on-exec, and a process
-    that becomes a container closes all it doesn't need, `plan.close_others`). ContainerError after `_LOCK_PATIENCE`.
+    that becomes a container closes all it doesn't need, `plan.close_others`). ContainerError after `_LOCK_PATIENCE`,
+    and NOT_FOUND if another command was faster in removing it.
     """
 
     def __init__(self, state: State) -> None:
-        self.fd = os.open(state.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.fd = os.open(state.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise ContainerError("container does not exist", NOT_FOUND) from None
         waited = 0.0
         while not sc.flock(self.fd):
             import time

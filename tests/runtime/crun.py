@@ -44,7 +44,6 @@ DIFFERENCES = {
     "test_a_joined_network_namespace_is_joined_again": _NO_CRIU,
     "test_a_terminal_is_handed_over_again": _NO_CRIU,
     "test_restore_in_the_foreground": _NO_CRIU,
-    "test_a_user_namespace": _NO_CRIU,
     "test_a_restore_that_fails_leaves_nothing": _NO_CRIU,
     "test_only_a_running_container_is_written": _NO_CRIU,
 }

@@ -247,7 +247,11 @@ def _catches(pid: int, number: int) -> bool:
     return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
 
 
-def test_a_user_namespace(counter: Counter, runtime: Runtime) -> None:
+def test_a_user_namespace(criu: str, ours: Runtime, own_bundle: Bundle, tmp_path: Path) -> None:
+    """runc's fails here: criu, who is nobody in the host's eyes by then, can't reach what it reads."""
+    counter = Counter(ours, own_bundle, tmp_path)
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(0o711)
     both = [{"containerID": 0, "hostID": 100000, "size": 65536}]
 
     def mapped(spec: Spec) -> None:
@@ -259,10 +263,12 @@ def test_a_user_namespace(counter: Counter, runtime: Runtime) -> None:
             os.chown(name, 100000, 100000, follow_symlinks=False)
     counter.start(mapped)
     counter.checkpoint()
+    for path in (Path(counter.images), *Path(counter.images).iterdir()):
+        os.chown(path, 100000, 100000)  # criu reads its images when it is in the user namespace already
     counter.restore()
     counter.goes_on()
-    assert runtime.ok("exec", counter.name, "id", "-u") == "0\n"
-    assert os.stat(f"/proc/{runtime.state(counter.name)['pid']}").st_uid == 100000
+    assert ours.ok("exec", counter.name, "id", "-u") == "0\n"
+    assert os.stat(f"/proc/{ours.state(counter.name)['pid']}").st_uid == 100000
 
 
 # -- what fails -------------------------------------------------------------------------------------------------------
@@ -289,7 +295,7 @@ def test_a_checkpoint_that_fails_leaves_it_running(
 def test_a_restore_that_fails_leaves_nothing(counter: Counter, runtime: Runtime, tmp_path: Path) -> None:
     counter.start()
     counter.checkpoint()
-    os.truncate(next(Path(counter.images).glob("pages-*.img")), 0)
+    Path(counter.images, "core-1.img").unlink()
     failed = runtime(
         *("restore", "--image-path", counter.images, "--bundle", str(counter.bundle.path), "--detach", counter.name)
     )
