@@ -115,7 +115,7 @@ class Resolver:
         return Fetcher(self._transport, self._capable(parsed, Capability.PULL), parsed, self._piece)
 
     async def tags(self, repository: str, limit: int = MAX_TAGS) -> list[str]:
-        """The tags of a repository (`host/path`), in the order of the registry (the specification wants it lexical).
+        """The tags of a repository (`host/path`), sorted (the specification wants it so, older registries don't).
 
         Raises NotFound (`REPOSITORY: not found`), ResourceExhausted for more than `limit`, else as `resolve`.
         """
@@ -124,7 +124,7 @@ class Resolver:
         hosts = self._capable(parsed, Capability.PULL | Capability.RESOLVE)
         for number, host in enumerate(hosts):
             try:
-                return await self._all_tags(host, parsed, limit, others=number + 1 < len(hosts))
+                return sorted(await self._all_tags(host, parsed, limit, others=number + 1 < len(hosts)))
             except WherryError as error:
                 failure = error if failure is None or isinstance(failure, NotFound) else failure
         if failure is None or isinstance(failure, NotFound):

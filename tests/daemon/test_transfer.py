@@ -523,8 +523,8 @@ async def test_exporting_what_is_not_there(rig: Rig) -> None:
 
 
 async def test_ends_that_do_not_fit(rig: Rig) -> None:
-    with pytest.raises(Unimplemented, match=r"OCIRegistry to containerd\.types\.transfer\.OCIRegistry"):
-        await rig.transfer(registry_end("x/y:z"), registry_end("x/y:z"))
+    with pytest.raises(Unimplemented, match=r"ImageImportStream to containerd\.types\.transfer\.OCIRegistry"):
+        await rig.transfer(types.ImageImportStream(stream="x"), registry_end("x/y:z"))
     with pytest.raises(NotFound, match='stream "gone": not found'):
         await rig.transfer(types.ImageImportStream(stream="gone"), image_store("x"))
     with pytest.raises(NotFound, match="snapshotter zfs"):
