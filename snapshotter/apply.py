@@ -229,10 +229,15 @@ class LayerApplier:
         mode = kinds[member.type] | member.mode & 0o777
         device = 0 if member.type == tar.FIFO else os.makedev(member.major, member.minor)
         try:
-            os.mknod(base, mode, device, dir_fd=fd)
-        except FileExistsError:
-            self._clear(name)
-            os.mknod(base, mode, device, dir_fd=fd)
+            try:
+                os.mknod(base, mode, device, dir_fd=fd)
+            except FileExistsError:
+                self._clear(name)
+                os.mknod(base, mode, device, dir_fd=fd)
+        except PermissionError:
+            if member.type == tar.FIFO or not self._root.user_namespace:
+                raise
+            return  # devices can't be made in a user namespace; containerd leaves them out there, too
         os.chown(base, member.uid, member.gid, dir_fd=fd, follow_symlinks=False)
         os.chmod(base, member.mode & 0o7777, dir_fd=fd)
         if member.xattrs:

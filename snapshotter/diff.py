@@ -16,9 +16,9 @@ from typing import Any
 from wherry.core.errors import FailedPrecondition
 from wherry.linux import syscalls as sc
 from wherry.linux.mounts import Mount, mount_all, split_escaped
-from wherry.snapshotter import tar
+from wherry.snapshotter import remap, tar
 from wherry.snapshotter.output import Output
-from wherry.snapshotter.roots import MOUNTPOINT, isolate
+from wherry.snapshotter.roots import MOUNTPOINT, confine, isolate
 from wherry.snapshotter.tarwrite import TarWriter, padding
 
 _STEP = 256 << 10
@@ -44,6 +44,8 @@ def write_diff(
     layer = LayerWriter(TarWriter(output.write), epoch)
     changed = upper_directory(lower, upper)
     if changed is not None:
+        # a container's root wrote what the host has as 100000: in the layer it is 0 again
+        layer.owners = owners(upper)
         _enter(changed)
         walk_upper(layer, "")
     else:
@@ -65,14 +67,26 @@ def chain(mounts: Sequence[Mount]) -> list[str] | None:
         return None
     mount = mounts[0]
     if mount.type in ("bind", "rbind"):
-        return [mount.source]
+        return [mount.source] if not mapped(mount) else None
     if mount.type != "overlay":
         return None
     options = dict(option.partition("=")[::2] for option in mount.options)
-    if any(key in options for key in ("lowerdir+", "uidmap", "gidmap")):
+    if "lowerdir+" in options:
         return None
     layers = split_escaped(options["lowerdir"]) if options.get("lowerdir") else []
     return [options["upperdir"], *layers] if options.get("upperdir") else layers
+
+
+def mapped(mount: Mount) -> bool:
+    """Whether the mount shows other owners than its files have."""
+    return any(option.startswith(("uidmap=", "gidmap=")) for option in mount.options)
+
+
+def owners(mounts: Sequence[Mount]) -> tuple[remap.Ranges, remap.Ranges]:
+    """The mappings of users and groups that the mounts ask for."""
+    options = dict(option.partition("=")[::2] for mount in mounts for option in mount.options)
+    users, groups = options.get("uidmap"), options.get("gidmap")
+    return (remap.parse(users) if users else (), remap.parse(groups) if groups else ())
 
 
 def upper_directory(lower: Sequence[Mount], upper: Sequence[Mount]) -> str | None:
@@ -96,8 +110,7 @@ def upper_directory(lower: Sequence[Mount], upper: Sequence[Mount]) -> str | Non
 
 def _enter(directory: str) -> None:
     try:
-        os.chroot(directory)
-        os.chdir("/")
+        confine(directory)
     except OSError as error:
         raise FailedPrecondition(f"the snapshot's files aren't there: {error}: failed precondition") from error
 
@@ -136,6 +149,7 @@ class LayerWriter:
         self._archive = archive
         self._epoch = None if epoch is None else epoch * _SECOND
         self._links: dict[tuple[int, int], bytes] = {}
+        self.owners: tuple[remap.Ranges, remap.Ranges] = ((), ())
 
     def close(self) -> None:
         self._archive.close()
@@ -197,8 +211,8 @@ class LayerWriter:
             name,
             kind,
             mode=stat.S_IMODE(status.st_mode),
-            uid=status.st_uid,
-            gid=status.st_gid,
+            uid=remap.to_image(status.st_uid, self.owners[0]),
+            gid=remap.to_image(status.st_gid, self.owners[1]),
             size=size,
             mtime=mtime if self._epoch is None else min(mtime, self._epoch),
             link=link,

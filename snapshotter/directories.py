@@ -27,7 +27,7 @@ from wherry.linux.mounts import Mount, mountinfo, unmount_all
 from wherry.snapshotter import remap
 from wherry.snapshotter.interface import Info, Kind, Usage
 from wherry.snapshotter.metadata import Metadata, Record
-from wherry.snapshotter.usage import disk_usage
+from wherry.snapshotter.usage import disk_usage, walk
 
 log = logging.getLogger("wherry.snapshotter")
 
@@ -36,8 +36,8 @@ FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_TOPDIR_FL = 0x00020000
 
-LARGE = 1000
-"""Directories with more entries are not deleted by this process."""
+LARGE = 500
+"""Trees with more entries are not deleted by this process."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -303,36 +303,29 @@ def delete_tree(directory: str) -> None:
     Raises OSError.
     """
     try:
-        if not _is_large(directory) or not _removed_by_program(directory):
-            shutil.rmtree(directory)
-        return
+        _delete(directory)
     except FileNotFoundError:
         return
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-    below = directory + "/"
-    for info in reversed(mountinfo()):
-        if info.target.startswith(below):
-            unmount_all(info.target)
-    shutil.rmtree(directory)
+        below = directory + "/"
+        for info in reversed(mountinfo()):
+            if info.target.startswith(below):
+                unmount_all(info.target)
+        _delete(directory)
 
 
-def _is_large(directory: str) -> bool:
-    pending, count = [directory], 0
-    while pending and count <= LARGE:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                count += 1
-                if count > LARGE:
-                    break
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-    return count > LARGE
+def _delete(directory: str) -> None:
+    """Small trees here; large and deep ones by rm(1): an image's files, one by one, would take the interpreter from
+    other threads, and shutil has one frame of the stack for each level."""
+    large = any(number >= LARGE for number, _ in enumerate(walk(directory)))
+    if not large or not _removed_by_program(directory):
+        shutil.rmtree(directory)
 
 
 def _removed_by_program(directory: str) -> bool:
-    """Whether rm(1) could do it: the files of an image, one by one, would take the interpreter from other threads."""
+    """Whether rm(1) could do it."""
     try:
         done = subprocess.run(
             ["rm", "-rf", "--", directory], stdin=subprocess.DEVNULL, capture_output=True, check=False

@@ -22,6 +22,7 @@ from wherry.snapshotter.below import adopt_implied
 from wherry.snapshotter.directories import DirectorySnapshotter
 from wherry.snapshotter.interface import Info, Kind
 from wherry.snapshotter.metadata import Record
+from wherry.snapshotter.roots import in_user_namespace
 
 log = logging.getLogger("wherry.snapshotter")
 
@@ -123,15 +124,6 @@ def default_options(mount_options: Sequence[str]) -> tuple[str, ...]:
     if "userxattr" not in names and in_user_namespace():
         options.append("userxattr")
     return tuple(options)
-
-
-def in_user_namespace() -> bool:
-    """Whether this process is in another user namespace than the first (user_namespaces(7))."""
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return file.read().split() != ["0", "0", "4294967295"]
-    except OSError:
-        return False
 
 
 def check_support(root: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from wherry.core.errors import FailedPrecondition
+from wherry.linux import capabilities
 from wherry.linux import syscalls as sc
 from wherry.linux.mounts import Mount, mount_all, split_escaped
 
@@ -25,13 +26,14 @@ class Root:
     """What was entered. Paths are relative to the working directory, which is its root.
 
     overlay: whiteouts are kept as overlay's, opaque directories by the attribute `opaque`; layers: descriptors of the
-    layers below, the nearest first; fresh: there was nothing in it.
+    layers below, the nearest first; fresh: there was nothing in it; user_namespace: this process is in one of its own.
     """
 
     overlay: bool
     opaque: str = "trusted.overlay.opaque"
     layers: list[int] = field(default_factory=list)
     fresh: bool = True
+    user_namespace: bool = False
 
 
 def direct(mounts: Sequence[Mount]) -> tuple[str, list[str], bool] | None:
@@ -66,13 +68,36 @@ def enter(mounts: Sequence[Mount], *, overlay: bool | None) -> Root:
                 root.opaque = "user.overlay.opaque"
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             root.layers = [os.open(layer, flags) for layer in layers]
-        os.chroot(path)
-        os.chdir("/")
+        root.user_namespace = in_user_namespace()
+        confine(path)
     except OSError as error:
         raise FailedPrecondition(f"the snapshot's mounts can't be mounted: {error}: failed precondition") from error
     with os.scandir(".") as entries:
         root.fresh = next(entries, None) is None
     return root
+
+
+# what making and reading a layer's files takes. Not among them: CAP_SYS_CHROOT, CAP_DAC_READ_SEARCH (which opens files
+# by handles) and CAP_SYS_PTRACE, the ways out of a root. Overlay's attributes (`trusted.`) want CAP_SYS_ADMIN.
+_KEPT = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SYS_ADMIN")
+
+
+def confine(path: str) -> None:
+    """Make `path` the root of this thread and those that it starts, with no more rights than a layer takes. OSError."""
+    kept = sc.capget()[1] & capabilities.mask(list(_KEPT))[0]
+    os.chroot(path)
+    os.chdir("/")
+    sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+    sc.capset(kept, kept, 0)
+
+
+def in_user_namespace() -> bool:
+    """Whether this process is in another user namespace than the first (user_namespaces(7))."""
+    try:
+        with open("/proc/self/uid_map", "rb") as file:  # as bytes: this process loads no codecs any more
+            return file.read().split() != [b"0", b"0", b"4294967295"]
+    except OSError:
+        return False
 
 
 def mount_private(mounts: Sequence[Mount], target: str) -> None:

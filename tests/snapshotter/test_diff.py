@@ -138,3 +138,23 @@ async def test_what_cannot_be_computed(applier: Applier, tmp_path: Path) -> None
         pytest.raises(ResourceExhausted, match="No space left"),
     ):
         await applier.diff([], mounts, PLAIN, str(small / "out"))
+
+
+async def test_the_layer_of_a_user_namespaces_container_has_the_images_owners(
+    applier: Applier, overlay: OverlaySnapshotter, tmp_path: Path
+) -> None:
+    with mounted(overlay.prepare("k"), tmp_path / "m") as tree:
+        (tree / "d").mkdir()
+        (tree / "old").write_text("o")
+    overlay.commit("base", "k")
+    labels = {f"containerd.io/snapshot/{kind}mapping": "0:100000:65536" for kind in ("uid", "gid")}
+    with mounted(overlay.prepare("k", "base", labels), tmp_path / "m") as tree:
+        for name, owner in (("d/new", 100000), ("user", 101000), ("old", 100005)):
+            (tree / name).write_text(name)
+            os.chown(tree / name, owner, owner)
+    await applier.diff(overlay.view("v", "base"), overlay.mounts("k"), PLAIN, str(tmp_path / "layer"))
+    await applier.apply(overlay.prepare("plain", "base"), str(tmp_path / "layer"), PLAIN)
+    with mounted(overlay.mounts("plain"), tmp_path / "m") as tree:
+        stats = {name: (tree / name).stat() for name in ("d", "d/new", "user", "old")}
+    found = {name: (status.st_uid, status.st_gid) for name, status in stats.items()}
+    assert found == {"d": (0, 0), "d/new": (0, 0), "user": (1000, 1000), "old": (5, 5)}
