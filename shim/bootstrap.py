@@ -38,6 +38,8 @@ from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_sig
 VERSION: Final = "0.1.0"
 # where containerd's shims listen (defaults.DefaultStateDir + "/s")
 SOCKET_FOLDER: Final = "/run/containerd/s"
+# annotations that name the shim that containers share, the first of them counts (containerd-shim-runc-v2's)
+GROUPS: Final = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 # options are a few hundred bytes; containerd reads at most as much
 _STDIN_MAX: Final = 10 << 20
 _SWITCHES: Final = frozenset({"debug", "v", "version", "info", "help", "h"})
@@ -202,17 +204,19 @@ def start(flags: Flags, stdin: bytes) -> None:
     environment = dict(os.environ)
     order = read_order(flags, stdin, environment)
     bundle = os.getcwd()
-    path = socket_path(order.socket_folder, order.grpc_address, flags["namespace"], flags["id"])
+    group = group_of(bundle) or flags["id"]
+    path = socket_path(order.socket_folder, order.grpc_address, flags["namespace"], group)
     os.makedirs(order.socket_folder, 0o711, exist_ok=True)
     address = f"unix://{path}"
     try:
         listener = sockets.bind(path, replace=True)
-    except AlreadyExists:  # the shim of this container is there already
+    except AlreadyExists:  # the shim of this container, or of its group, is there already
+        _keep_address(address)
         _write(answer(order, address, environment))
         return
     parameters = Parameters(
         namespace=flags["namespace"],
-        id=flags["id"],
+        id=group,
         bundle=bundle,
         socket=path,
         ttrpc_address=order.ttrpc_address,
@@ -220,8 +224,7 @@ def start(flags: Flags, stdin: bytes) -> None:
         publish_binary=order.publish_binary,
         shim_cgroup=order.options.shim_cgroup,
     )
-    with open(os.open("address", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-        file.write(address)  # where containerd 1.x looks for it after its restart
+    _keep_address(address)
     bundled.preload()
     ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
 
@@ -238,6 +241,22 @@ def start(flags: Flags, stdin: bytes) -> None:
     os.close(ready_write)
     os.read(ready_read, 1)  # its end: the shim is what it is to be, or has died
     _write(answer(order, address, environment))
+
+
+def group_of(bundle: str) -> str:
+    """Which containers share this one's shim, by the annotations of its specification; "" for none."""
+    try:
+        with open(f"{bundle}/config.json", "rb") as file:
+            annotations = json.load(file).get("annotations") or {}
+    except (OSError, ValueError, AttributeError):
+        return ""  # a sandbox has none yet; what is damaged is told by Create
+    return next((str(annotations[name]) for name in GROUPS if annotations.get(name)), "")
+
+
+def _keep_address(address: str) -> None:
+    """Where containerd 1.x looks for it after its restart."""
+    with open(os.open("address", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
+        file.write(address)
 
 
 def _own_streams(level: str) -> None:
@@ -261,8 +280,9 @@ def delete(flags: Flags) -> None:
     """Clean up after a shim that died; print how its container ended."""
     bundle = flags["bundle"] or os.getcwd()
     remains = clean_up(flags["namespace"], flags["id"], bundle)
-    with contextlib.suppress(OSError):
-        os.unlink(socket_path(SOCKET_FOLDER, flags["address"], flags["namespace"], flags["id"]))
+    if not group_of(bundle):  # a group's may serve others
+        with contextlib.suppress(OSError):
+            os.unlink(socket_path(SOCKET_FOLDER, flags["address"], flags["namespace"], flags["id"]))
     response = task_v2_pb2.DeleteResponse(pid=remains.pid, exit_status=remains.exit_status)
     response.exited_at.FromNanoseconds(remains.exited_at_ns)
     _write(response.SerializeToString())

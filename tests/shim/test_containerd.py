@@ -1,4 +1,4 @@
-"""Our shim under Debian's containerd: what a stranger's daemon asks of it, through `ctr`."""
+"""Our shim under Debian's containerd, bookworm's 1.6 and sid's 2.x: what a stranger's daemon asks of it, by `ctr`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ import pytest
 from tests.busybox import NAME, write_archive
 from tests.peers import need
 from tests.shim.harness import alive
+from tests.sid import need_sid
 
 
 class Containerd:
-    """A containerd of one's own, with our shim on its PATH."""
+    """A containerd of one's own, with our shim on its PATH. `program` and `client` are the daemon's and ctr's paths."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, program: str, client: str) -> None:
         self.work = work
+        self.program = program
+        self.client = client
         self.address = work / "c.sock"
         (work / "bin").mkdir()
         # also under the name of containerd's own shim: ctr takes --runc-binary only for that
@@ -42,7 +45,7 @@ class Containerd:
 
     def start(self) -> None:
         """Start, and wait until it serves."""
-        command = ["containerd", "--config", str(self.work / "config.toml"), "--address", str(self.address)]
+        command = [self.program, "--config", str(self.work / "config.toml"), "--address", str(self.address)]
         command += ["--root", str(self.work / "root"), "--state", str(self.work / "state")]
         environment = {**os.environ, "PATH": f"{self.work / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"}
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
@@ -54,7 +57,7 @@ class Containerd:
     def ctr(self, *args: str, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """`ctr`; raises with what it said."""
         done = subprocess.run(
-            ["ctr", "-a", str(self.address), *args],
+            [self.client, "-a", str(self.address), *args],
             capture_output=True,
             text=True,
             timeout=60,
@@ -89,13 +92,14 @@ class Containerd:
         return found
 
 
-@pytest.fixture(scope="module")
-def containerd() -> Iterator[Containerd]:
+@pytest.fixture(scope="module", params=["bookworm", "sid"])
+def containerd(request: pytest.FixtureRequest) -> Iterator[Containerd]:
     """One daemon for all tests here, with the image."""
-    for program in ("containerd", "ctr", "runc"):
-        need(program)
+    need("runc")
+    client = need("ctr") if request.param == "bookworm" else need_sid()
+    program = need("containerd") if request.param == "bookworm" else str(Path(client).with_name("containerd"))
     work = Path(tempfile.mkdtemp(prefix="wherry-shim-c-"))
-    daemon = Containerd(work)
+    daemon = Containerd(work, program, client)
     try:
         daemon.start()
         write_archive(work / "image.tar")
@@ -138,24 +142,24 @@ def test_run_and_its_exit_code(containerd: Containerd, run: Callable[..., str]) 
 
 
 def test_a_container_that_stays(containerd: Containerd, run: Callable[..., str]) -> None:
-    run("stays", "sleep", "1000", options=("-d",))
+    run("c-stays", "sleep", "1000", options=("-d",))
     ctr = containerd.ctr
     try:
-        assert ctr("task", "exec", "--exec-id", "x", "stays", "echo", "in").stdout == "in\n"
-        assert ctr("task", "exec", "--exec-id", "y", "stays", "sh", "-c", "exit 5", check=False).returncode == 5
-        assert ctr("task", "exec", "--exec-id", "z", "stays", "cat", stdin="typed\n").stdout == "typed\n"
-        assert len(ctr("task", "ps", "stays").stdout.splitlines()) == 2
-        assert "pids.current" in ctr("task", "metrics", "stays").stdout
-        ctr("task", "pause", "stays")
+        assert ctr("task", "exec", "--exec-id", "x", "c-stays", "echo", "in").stdout == "in\n"
+        assert ctr("task", "exec", "--exec-id", "y", "c-stays", "sh", "-c", "exit 5", check=False).returncode == 5
+        assert ctr("task", "exec", "--exec-id", "z", "c-stays", "cat", stdin="typed\n").stdout == "typed\n"
+        assert len(ctr("task", "ps", "c-stays").stdout.splitlines()) == 2
+        assert "pids.current" in ctr("task", "metrics", "c-stays").stdout
+        ctr("task", "pause", "c-stays")
         assert "PAUSED" in ctr("task", "ls").stdout
-        ctr("task", "resume", "stays")
+        ctr("task", "resume", "c-stays")
         assert "RUNNING" in ctr("task", "ls").stdout
-        ctr("task", "kill", "-s", "SIGTERM", "stays")
-        ctr("task", "kill", "-s", "SIGKILL", "stays", check=False)
+        ctr("task", "kill", "-s", "SIGTERM", "c-stays")
+        ctr("task", "kill", "-s", "SIGKILL", "c-stays", check=False)
         _wait_for(lambda: "STOPPED" in ctr("task", "ls").stdout)
     finally:
-        ctr("task", "rm", "-f", "stays")
-        ctr("containers", "rm", "stays")
+        ctr("task", "rm", "-f", "c-stays")
+        ctr("containers", "rm", "c-stays")
     _none_left(containerd)
 
 
@@ -163,7 +167,8 @@ def test_a_terminal(containerd: Containerd, run: Callable[..., str]) -> None:
     need("script")
     run("term", "sleep", "1000", options=("-d",))
     try:
-        inner = f"ctr -a {containerd.address} task exec -t --exec-id t term sh -c 'test -t 0 && echo terminal'"
+        inner = f"{containerd.client} -a {containerd.address} task exec -t --exec-id t term "
+        inner += "sh -c 'test -t 0 && echo terminal'"
         done = subprocess.run(["script", "-qec", inner, "/dev/null"], capture_output=True, timeout=30, check=False)
         assert b"terminal\r" in done.stdout
     finally:
@@ -172,36 +177,57 @@ def test_a_terminal(containerd: Containerd, run: Callable[..., str]) -> None:
 
 
 def test_the_restart_of_containerd(containerd: Containerd, run: Callable[..., str]) -> None:
-    run("alive", "sleep", "1000", options=("-d",))
-    run("ended", "sh", "-c", "sleep 0.3; exit 6", options=("-d",))
+    run("c-alive", "sleep", "1000", options=("-d",))
+    run("c-ended", "sh", "-c", "sleep 0.3; exit 6", options=("-d",))
     shims = containerd.shims()
     containerd.stop(signal.SIGKILL)
     time.sleep(0.6)
     containerd.start()
     assert containerd.shims() == shims
     try:
-        assert containerd.ctr("task", "exec", "--exec-id", "x", "alive", "echo", "in").stdout == "in\n"
+        assert containerd.ctr("task", "exec", "--exec-id", "x", "c-alive", "echo", "in").stdout == "in\n"
         lines = {line.split()[0]: line.split()[2] for line in containerd.ctr("task", "ls").stdout.splitlines()[1:]}
-        assert lines == {"alive": "RUNNING", "ended": "STOPPED"}
-        assert "exit with non-zero exit code 6" in containerd.ctr("task", "rm", "ended").stderr
+        if "c-ended" in lines:  # containerd 2.x removes what has stopped when it starts again, whichever shim it has
+            assert lines.pop("c-ended") == "STOPPED"
+            assert "exit with non-zero exit code 6" in containerd.ctr("task", "rm", "c-ended").stderr
+        assert lines == {"c-alive": "RUNNING"}
     finally:
-        containerd.ctr("task", "rm", "-f", "alive")
-        for name in ("alive", "ended"):
+        containerd.ctr("task", "rm", "-f", "c-alive")
+        for name in ("c-alive", "c-ended"):
             containerd.ctr("containers", "rm", name)
     _none_left(containerd)
 
 
 def test_a_shim_that_is_killed(containerd: Containerd, run: Callable[..., str]) -> None:
-    run("victim", "sleep", "1000", options=("-d",))
+    run("c-victim", "sleep", "1000", options=("-d",))
     (shim,) = containerd.shims()
-    line = next(line for line in containerd.ctr("task", "ls").stdout.splitlines() if line.startswith("victim"))
+    line = next(line for line in containerd.ctr("task", "ls").stdout.splitlines() if line.startswith("c-victim"))
     init = int(line.split()[1])
     assert alive(init)
     os.kill(shim, signal.SIGKILL)
     _wait_for(lambda: not alive(init))
     _wait_for(lambda: "RUNNING" not in containerd.ctr("task", "ls").stdout)
-    containerd.ctr("task", "rm", "-f", "victim", check=False)
-    containerd.ctr("containers", "rm", "victim")
+    containerd.ctr("task", "rm", "-f", "c-victim", check=False)
+    containerd.ctr("containers", "rm", "c-victim")
+    _none_left(containerd)
+
+
+def test_containers_of_a_group_share_a_shim(containerd: Containerd, run: Callable[..., str]) -> None:
+    names = ["pod-0", "pod-1", "pod-2"]
+    for name in names:
+        run(name, "sleep", "1000", options=("-d", "--annotation", "io.kubernetes.cri.sandbox-id=pod-0"))
+    (shim,) = containerd.shims()
+    try:
+        containerd.ctr("task", "rm", "-f", "pod-0")
+        containerd.stop(signal.SIGKILL)
+        containerd.start()
+        assert containerd.shims() == [shim]
+        for name in names[1:]:
+            assert containerd.ctr("task", "exec", "--exec-id", "x", name, "echo", name).stdout == f"{name}\n"
+    finally:
+        for name in names:
+            containerd.ctr("task", "rm", "-f", name, check=False)
+            containerd.ctr("containers", "rm", name)
     _none_left(containerd)
 
 
