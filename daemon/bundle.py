@@ -44,8 +44,8 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class ExecExit:
-    """How a process that was exec'd ended, as its shim noted it; nanoseconds since the epoch."""
+class NotedExit:
+    """How a process ended, as its shim noted it: `exec_id` "" for the init, nanoseconds since the epoch."""
 
     exec_id: str
     pid: int
@@ -103,17 +103,17 @@ class Bundle:
         except (OSError, ValueError, KeyError, TypeError):
             return Launch("")
 
-    def exec_exits(self) -> list[ExecExit]:
-        """The ends of exec'd processes that our shim kept; none of a stranger's."""
+    def exits(self) -> list[NotedExit]:
+        """The ends that our shim noted (`shim/state_files.py`); none of a stranger's."""
         found = []
         for name in _listed(os.path.join(self.path, "exits")):
-            if not name.startswith("exec-") or not name.endswith(".json"):
+            kind, dash, exec_id = name.removesuffix(".json").partition("-")
+            if (kind, dash) not in (("init", ""), ("exec", "-")) or not name.endswith(".json"):
                 continue
-            exec_id = name.removeprefix("exec-").removesuffix(".json")
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 value = json.loads(self._read(f"exits/{name}"))
                 numbers = int(value["pid"]), int(value["exit_status"]), int(value["exited_at_ns"])
-                found.append(ExecExit(exec_id, *numbers))
+                found.append(NotedExit(exec_id, *numbers))
         return found
 
     def delete(self) -> None:

@@ -32,7 +32,7 @@ from wherry.core.names import check_identifier, require_namespace
 from wherry.core.topics import check_topic
 from wherry.core.typeurl import pack, unpack
 from wherry.daemon import logs
-from wherry.daemon.events_journal import Journal, key_of
+from wherry.daemon.events_journal import MATTER, Journal, key_of
 from wherry.proto import events_pb2 as _events  # noqa: F401  # registers the events' types for unpacking
 from wherry.proto import events_service_pb2, events_ttrpc_pb2
 from wherry.proto.service import Context
@@ -144,7 +144,9 @@ class Exchange:
         if not envelope.HasField("timestamp") or not (envelope.timestamp.seconds or envelope.timestamp.nanos):
             raise InvalidArgument("timestamp must be set on forwarded event: invalid argument")
         reach("daemon.event.received")
-        new = envelope.timestamp.ToNanoseconds() > time.time_ns() - _PERHAPS_TOLD
+        # an end may have been told by the daemon in the place of a shim that was thought dead
+        fresh = envelope.timestamp.ToNanoseconds() > time.time_ns() - _PERHAPS_TOLD
+        new = fresh and envelope.topic not in MATTER
         await self._send_kept(envelope, new=new)
         reach("daemon.event.kept")
 

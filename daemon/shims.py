@@ -45,7 +45,6 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-_CLEAN_UPS = 3  # how often a clean-up is tried before it is left to the next daemon
 _CREATE = 120.0  # mounts, hooks and the runtime's own start
 
 
@@ -201,8 +200,8 @@ class Shims:
 
     # -- end
 
-    def end(self, shim: Shim) -> None:
-        """Let a shim go whose task was deleted, and remove the bundle.
+    def end(self, shim: Shim, deleted: task.DeleteResponse | None = None) -> None:
+        """Let a shim go whose task was deleted, and remove the bundle; `deleted` is what it answered.
 
         Nobody waits for that: the container is gone when its shim said so, and a create under the same id waits for
         what is left. (A daemon that dies meanwhile leaves a shim without a task, which the next one sends away.)
@@ -210,13 +209,27 @@ class Shims:
         if self._shims.get(shim.key) is shim:
             shim.leaving = True
             del self._shims[shim.key]
-            self._spawn(self._end(shim))
+            self._spawn(self._end(shim, deleted))
 
-    async def _end(self, shim: Shim) -> None:
+    async def _end(self, shim: Shim, deleted: task.DeleteResponse | None) -> None:
         async with self._working(shim.key):
             await self._leave(shim, now=False)
             reach("daemon.end.left")
+            if deleted is None:
+                await self._tell_noted(shim)
+            elif not shim.launch.binary and not shim.launch.sandbox:
+                # a shim that was killed on its way out has taken along what it hadn't told yet
+                at = deleted.exited_at.ToNanoseconds()
+                await self._tell(shim, DeadShim(deleted.pid, deleted.exit_status, at))
             await self._remove(shim)
+
+    async def _tell_noted(self, shim: Shim) -> None:
+        """Tell the end that a shim of ours noted before it deleted its task, should it not have come to it."""
+        if shim.launch.binary or shim.launch.sandbox:
+            return
+        for end in shim.bundle.exits():
+            if not end.exec_id:
+                await self._tell(shim, DeadShim(end.pid, end.exit_status, end.exited_at_ns))
 
     async def end_sandbox(self, shim: Shim) -> None:
         """End a sandbox with the tasks that are left in it, its shim, its bundle. Raises what the shim refuses."""
@@ -348,20 +361,24 @@ class Shims:
             exit_status=dead.exit_status,
             reason=dead.reason,
         )
-        ends = [(end.exec_id, end.pid, end.exit_status, end.exited_at_ns) for end in shim.bundle.exec_exits()]
+        await self._tell(shim, dead)
+
+    async def _tell(self, shim: Shim, dead: DeadShim) -> None:
+        """Publish the ends of a container's processes and its deletion, unless that was told before."""
+        namespace, identity = shim.key
+        pid = dead.pid or shim.pid
+        at = timestamp(dead.exited_at_ns)
+        ends = [(end.exec_id, end.pid, end.exit_status, timestamp(end.exited_at_ns)) for end in shim.bundle.exits()]
+        ends = [end for end in ends if end[0]]
         if not shim.exit_published:
-            ends.append((identity, pid, dead.exit_status, dead.exited_at_ns))
-        for name, process, status, at in ends:
+            ends.append((identity, pid, dead.exit_status, at))
+        for name, process, status, exited_at in ends:
             event = events_pb2.TaskExit(
-                container_id=identity, id=name, pid=process, exit_status=status, exited_at=timestamp(at)
+                container_id=identity, id=name, pid=process, exit_status=status, exited_at=exited_at
             )
             await self._exchange.publish_kept(namespace, topics.TASK_EXIT, event)
         gone = events_pb2.TaskDelete(
-            container_id=identity,
-            id=identity,
-            pid=pid,
-            exit_status=dead.exit_status,
-            exited_at=timestamp(dead.exited_at_ns),
+            container_id=identity, id=identity, pid=pid, exit_status=dead.exit_status, exited_at=at
         )
         await self._exchange.publish_kept(namespace, topics.TASK_DELETE, gone)
 
@@ -412,6 +429,7 @@ class Shims:
             log.warning("shim does not answer, it is kept", namespace=bundle.namespace, id=bundle.id)
         except NotFound:
             log.info("shim without a task", namespace=bundle.namespace, id=bundle.id)
+            await self._tell_noted(shim)
             await self._undo(shim)
             return
         except WherryError as error:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import structlog
 from google.protobuf import any_pb2
 
-from wherry.core.errors import WherryError
+from wherry.core.errors import Unavailable, WherryError
 from wherry.core.failpoints import reach
 from wherry.core.typeurl import is_a, unpack_as
 from wherry.daemon.bundle import Bundle, Launch
@@ -35,6 +35,7 @@ from wherry.shim.client import (
 log = structlog.get_logger(__name__)
 
 SIGKILLED = 137  # the exit status of what was killed with its shim
+CLEAN_UPS = 3  # how often a clean-up is tried before it is left to the next daemon
 CONNECT = 5.0  # seconds until a socket that exists must have accepted us
 
 
@@ -111,10 +112,19 @@ class Starter:
         if not launch.binary:
             if not (self.shared(shim) and shim.connected):
                 self.kill(shim)
-            return await self._forks.delete(self._request(bundle, launch, any_pb2.Any(), bundle.id))
+            return await self._clean_up(self._request(bundle, launch, any_pb2.Any(), bundle.id))
         answer = await delete_shim(self._foreign(bundle, launch), within=within)
         exited_at = answer.exited_at.ToNanoseconds() or time.time_ns()
         return DeadShim(answer.pid, answer.exit_status or SIGKILLED, exited_at, f"its shim {launch.binary} died")
+
+    async def _clean_up(self, request: ShimRequest) -> DeadShim:
+        """A clean-up may be repeated, and is where the process that did it was killed, too."""
+        for _ in range(CLEAN_UPS - 1):
+            try:
+                return await self._forks.delete(request)
+            except Unavailable as error:
+                log.warning("clean-up is tried again", namespace=request.namespace, id=request.id, error=error.message)
+        return await self._forks.delete(request)
 
     def kill(self, shim: Shim) -> None:
         """Kill a shim of ours, and what it had forked and would go on behind a clean-up's back."""

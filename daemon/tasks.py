@@ -111,7 +111,7 @@ class TaskService:
             # the shim has none: a daemon before this one deleted it and died before it was done
             self._shims.end(shim)
             raise
-        self._shims.end(shim)
+        self._shims.end(shim, deleted)
         return _deleted(shim.bundle.id, deleted)
 
     async def delete_process(self, request: pb.DeleteProcessRequest, context: Context) -> pb.DeleteResponse:

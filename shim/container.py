@@ -129,6 +129,7 @@ class Container:
     async def _undo(self) -> None:
         self.init.io.close()
         if self.init.pid:
+            self._shim.children.keep(self.init.pid, lambda end: None)  # nobody was told of it, so nobody is of its end
             try:
                 await self.runtime.delete(self.id, force=True)
             except errors.WherryError as error:

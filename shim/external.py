@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from wherry.core import errors
+from wherry.shim.log import log
 from wherry.shim.loop import DEFAULT_SIGNALS
 from wherry.shim.oci_runtime import (
     Checkpoint,
     Created,
+    RuntimeDied,
+    end_child,
     kill_error,
     mount_rootfs,
     read_spec,
@@ -55,7 +59,14 @@ class External:
             command.append("--no-pivot")
         if settings.no_new_keyring:
             command.append("--no-new-keyring")
-        await self._run("OCI runtime create failed", [*command, container], io=io)
+        try:
+            await self._run("OCI runtime create failed", [*command, container], io=io)
+        except RuntimeDied:
+            try:
+                await self.delete(container, force=True)
+            except errors.WherryError as error:
+                log("error", f"cleaning up after a runtime that died: {error.message}", id=container)
+            raise
         return Created(_pid(pid_file), shares_pids(spec), bool(spec.get("hooks")))
 
     async def start(self, container: str) -> None:
@@ -70,6 +81,9 @@ class External:
         try:
             await self._run("OCI runtime exec failed", command, io=io)
             return _pid(pid_file)
+        except RuntimeDied:
+            end_child(pid_file)
+            raise
         finally:
             os.unlink(spec)
 
@@ -152,6 +166,8 @@ class External:
         if end.status == 0:
             return said
         reason = _last_error(self._log, logged)
+        if not reason and end.status == 128 + signal.SIGKILL:
+            raise RuntimeDied(f"{failed}: {binary} was killed" if failed else f"{binary} was killed")
         if not reason:
             printed = said[-_SAID:].decode(errors="replace").strip()
             reason = f"{binary} did not terminate successfully: exit status {end.status}: {printed}"

@@ -136,7 +136,11 @@ class Bundled:
         self._hooks = True  # until the specification is known to have none
 
     async def create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
-        created = Created(*await self._forked("OCI runtime create failed", self._create, container, io, rootfs))
+        try:
+            created = Created(*await self._forked("OCI runtime create failed", self._create, container, io, rootfs))
+        except RuntimeDied:
+            await self._undo_create(container)
+            raise
         self._hooks = created.hooks
         return created
 
@@ -164,6 +168,18 @@ class Bundled:
             unmount_rootfs(settings.bundle)
             raise
         return pid, shares_pids(spec), bool(spec.get("hooks"))
+
+    async def _undo_create(self, container: str) -> None:
+        """The runtime was killed (for lack of memory, perhaps) and couldn't take back what it had done."""
+        try:
+            if bundled.state(self._settings.root, container)["bundle"] not in ("", self._settings.bundle):
+                return  # a container of the same name that isn't ours
+        except ContainerError:
+            pass  # it got nowhere, or not far enough to be read
+        try:
+            await self.delete(container, force=True)
+        except errors.WherryError as error:
+            log("error", f"cleaning up after a runtime that died: {error.message}", id=container)
 
     async def start(self, container: str) -> None:
         failed = "OCI runtime start failed"
@@ -194,7 +210,12 @@ class Bundled:
             console_fd=io.console.child_fd if io.console is not None else -1,
             pid_file=f"{settings.bundle}/{exec_id}.pid",
         )
-        pid: int = await self._forked("OCI runtime exec failed", bundled.exec_process, request)
+        try:
+            pid: int = await self._forked("OCI runtime exec failed", bundled.exec_process, request)
+        except RuntimeDied:
+            # nobody would know of a process that it had made already
+            end_child(f"{settings.bundle}/{exec_id}.pid")
+            raise
         return pid
 
     async def kill(self, container: str, number: int, *, everyone: bool = False) -> None:
@@ -246,6 +267,24 @@ class Bundled:
             return await in_child(self._loop, self._children, function, *args, **kwargs)
         except (ContainerError, OSError) as error:
             raise told_as(failed, error) from error
+
+
+class RuntimeDied(errors.Internal):
+    """The process in which the runtime ran ended without a word."""
+
+
+def end_child(pid_file: str) -> None:
+    """SIGKILL for the process of a pid file where it is a child of ours, and the file's removal."""
+    try:
+        with open(pid_file) as file:
+            pid = int(file.read())
+        os.unlink(pid_file)
+        with open(f"/proc/{pid}/stat") as file:
+            parent = int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return
+    if parent == os.getpid():
+        os.kill(pid, signal.SIGKILL)
 
 
 def read_spec(bundle: str) -> dict[str, Any]:
@@ -300,7 +339,7 @@ async def in_child(
     """Call a blocking function in a forked child while the loop goes on; what it returns or raises.
 
     It may return None, numbers, strings and lists. What the child's own children leave behind becomes the shim's.
-    Raises Internal when the child dies without a word.
+    Raises RuntimeDied when the child dies without a word.
     """
     read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     with children:
@@ -327,7 +366,7 @@ async def in_child(
     loop.on_read(read, readable)
     await answered
     if not received.endswith(_END):
-        raise errors.Internal(f"the runtime died with exit status {(await ended).status}")
+        raise RuntimeDied(f"the runtime died with exit status {(await ended).status}")
     kind, value = marshal.loads(received)  # noqa: S302  # from our own fork, and a tenth of what json touches
     if kind == "result":
         return value
