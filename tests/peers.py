@@ -21,6 +21,8 @@ PACKAGES = {
     "dockerd": "docker.io",
     "docker-registry": "docker-registry",
     "skopeo": "skopeo",
+    "buildah": "buildah",
+    "umoci": "umoci",
     "busybox": "busybox-static",
     "hyperfine": "hyperfine",
     "redis-server": "redis-server",

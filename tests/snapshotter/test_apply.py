@@ -134,6 +134,27 @@ async def test_trees_archived_by_gnu_tar_come_out_the_same(applier: Applier, tmp
         assert int((tree / "sparse").stat().st_mtime) == 1_500_000_000
 
 
+@pytest.mark.parametrize("form", ["v7", "ustar"])
+async def test_old_formats(applier: Applier, tmp_path: Path, form: str) -> None:
+    """What they can say: no long names, no large ids, V7 no devices and directories by their names alone."""
+    source = tmp_path / "source"
+    (source / "d" / "deeper").mkdir(parents=True)
+    (source / "d" / os.fsdecode(b"latin-\xe9")).write_text("e")
+    (source / ("n" * 90)).write_bytes(random.Random(5).randbytes(70_000))
+    os.symlink("d/deeper", source / "link")
+    os.link(source / ("n" * 90), source / "hard")
+    os.chmod(source / "hard", 0o4711)
+    os.chown(source / "d", 1000, 2000)
+    if form == "ustar":
+        os.mkfifo(source / "fifo")
+        os.mknod(source / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
+        (source / "d" / "deeper" / ("p" * 99)).write_text("by its prefix")
+    for path in sorted(source.rglob("*"), reverse=True):
+        os.utime(path, (0, 1_500_000_000), follow_symlinks=False)
+    tree = await unpack(applier, tmp_path, output_of("tar", f"--format={form}", "-C", source, "-c", "."))
+    assert look(tree) == look(source)
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 async def test_pythons_archives(applier: Applier, tmp_path: Path, form: int) -> None:
     archive = Archive(form).dir("d/", mode=0o700, owner=(3, 4)).file("d/" + "n" * 90, b"text", mode=0o4711)
