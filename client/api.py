@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from wherry.client.leases import Leases
     from wherry.client.namespaces import Namespaces
     from wherry.client.network import Networks
+    from wherry.client.registries import Registries
     from wherry.client.snapshots import Snapshots
     from wherry.client.tasks import Tasks
     from wherry.client.transfer import Transfer
@@ -127,6 +128,13 @@ class Client:
         from wherry.client.network import Networks
 
         return Networks(self.calls)
+
+    @property
+    def registries(self) -> Registries:
+        """Registries, looked at without pulling."""
+        from wherry.client.registries import Registries
+
+        return Registries(self.calls)
 
     @property
     def tasks(self) -> Tasks:

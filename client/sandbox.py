@@ -4,7 +4,7 @@
         async with wherry.sandbox("python:3.12", memory=256 << 20, pids=64, ttl=600) as box:
             print((await box.exec(["python3", "-c", "print(6 * 7)"], timeout=5)).text)
 
-A sandbox idles until it is told to run something; its first process is one of ours (`wherry.client.idle`), so that an
+A sandbox idles until it is told to run something; its first process is one of ours (`wherry.core.idle`), so that an
 image needs nothing but what is to be run.
 """
 
@@ -19,12 +19,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from wherry.client import disk as disks
-from wherry.client import idle
 from wherry.client.guest import Guest
 from wherry.client.keeper import Record, clear
 from wherry.client.launch import Launch, create
 from wherry.client.spec import SpecOptions
 from wherry.client.tasks import Stdio
+from wherry.core import idle
 from wherry.core.errors import FailedPrecondition, InvalidArgument
 from wherry.linux.copying import copy_tree
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Container, Iterator, Sequence
 
+from wherry.core import places
 from wherry.core.errors import WherryError
 from wherry.daemon import config as configuration
 from wherry.daemon.config import Config
@@ -21,7 +22,9 @@ The daemon of Wherry: it keeps images, snapshots and containers, and runs contai
 Clients reach it by gRPC on its socket (containerd's API) and by ttrpc on the same path with ".ttrpc" behind it.
 """
 _EPILOG = """\
-Without a command it serves until SIGTERM or SIGINT; containers go on without it and are found again at the next start.
+An ordinary user's daemon becomes root of a user namespace of its own; its defaults are below XDG_RUNTIME_DIR,
+XDG_DATA_HOME and XDG_CONFIG_HOME. Without a command it serves until SIGTERM or SIGINT; containers go on without it and
+are found again at the next start.
 SIGHUP reads the log level from the configuration again, SIGUSR1 prints the stacks of all threads and tasks.
 """
 
@@ -80,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(options: argparse.Namespace) -> Config:
     """The configuration with the flags over it."""
-    config = configuration.load(options.config)
+    config = _users(options.config) if places.is_users() else configuration.load(options.config)
     if options.address:
         config = dataclasses.replace(config, grpc=dataclasses.replace(config.grpc, address=options.address))
     if options.log_level:
@@ -93,6 +96,19 @@ def _load(options: argparse.Namespace) -> Config:
         grpc=dataclasses.replace(config.grpc, address=_socket(config.grpc.address)),
         ttrpc=dataclasses.replace(config.ttrpc, address=config.ttrpc.address and _socket(config.ttrpc.address)),
     )
+
+
+def _users(path: str | None) -> Config:
+    """An ordinary user's configuration: where it leaves a place at its default, the user's own is meant."""
+    own = os.path.join(places.config_folder(), "wherry", "config.toml")
+    path = path or (own if os.path.exists(own) else None)
+    config = configuration.load(path) if path else Config()
+    grpc = config.grpc
+    if grpc.address == configuration.DEFAULT_ADDRESS:
+        grpc = dataclasses.replace(grpc, address=places.address())
+    root = places.root() if config.root == configuration.DEFAULT_ROOT else config.root
+    state = places.state() if config.state == configuration.DEFAULT_STATE else config.state
+    return dataclasses.replace(config, root=root, state=state, grpc=grpc)
 
 
 def _socket(address: str) -> str:
@@ -130,6 +146,10 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        from wherry.daemon.rootless import enter
+
+        enter(_load(options).state)
     from wherry.daemon import logs
     from wherry.daemon.notify import listeners
 
@@ -137,9 +157,12 @@ def _serve(options: argparse.Namespace) -> int:
     config = _load(options)
     logs.set_up(config.debug.level, config.debug.format)
     with _locks(config, sockets):
+        from wherry.daemon.rootless import leave
         from wherry.daemon.run import run
 
-        return run(config, sockets)
+        code = run(config, sockets)
+        leave(config.state)
+        return code
 
 
 @contextlib.contextmanager

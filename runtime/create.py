@@ -13,6 +13,7 @@ import sys
 from wherry.core.errors import WherryError
 from wherry.core.failpoints import reach
 from wherry.linux import process
+from wherry.linux.cgroups.layout import host
 from wherry.runtime import cgroup, hooks, init, make, prepare, spec, state
 from wherry.runtime.errors import INVALID, ContainerError
 from wherry.runtime.plan import Plan
@@ -100,7 +101,7 @@ def begin(request: CreateRequest) -> Plan:
     plan.no_new_keyring = request.no_new_keyring
     plan.preserve_fds = request.preserve_fds
     plan.stdio = request.stdio
-    plan.rootless = request.rootless or os.geteuid() != 0
+    plan.rootless = request.rootless or os.geteuid() != 0 or host().user_namespace
     return plan
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+from wherry.linux.cgroups.layout import host
 from wherry.runtime.errors import ContainerError
 
 TYPE_CHECKING = False
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from wherry.runtime.plan import Plan
 
+# cpu.shares of a cgroup that nobody changed
+_USUAL_SHARES = 1024
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -68,12 +71,17 @@ def _help(helper: str, pid: int, mappings: list[dict[str, Any]]) -> None:
 def forgo_cgroup(plan: Plan, error: OSError) -> bool:
     """Whether a container may do without a cgroup: the caller has no right to make one, and nothing depends on it.
 
-    With limits, or a path that somebody chose, it is an error (runc's rule).
+    With limits, or a path that somebody chose, it is an error (runc's rule). Two things are no such wish: the weight of
+    CPU that everybody has by default, and a path that a daemon in a user namespace was given, whose clients write the
+    same specification for every daemon.
     """
     if error.errno not in _REFUSED:
         return False
-    limits = {key for key, value in (plan.linux.get("resources") or {}).items() if value and key != "devices"}
-    if limits or plan.linux.get("cgroupsPath"):
+    resources = plan.linux.get("resources") or {}
+    limits = {key for key, value in resources.items() if value and key != "devices"}
+    if (resources.get("cpu") or {}) == {"shares": _USUAL_SHARES}:
+        limits.discard("cpu")
+    if limits or (plan.linux.get("cgroupsPath") and not host().user_namespace):
         what = f"limits ({', '.join(sorted(limits))})" if limits else "linux.cgroupsPath"
         raise ContainerError(
             f"{what} can't be had without rights: no cgroup is delegated to this user ({error.filename}: "
