@@ -163,14 +163,12 @@ def test_run(docker: Dockerd, wherryd: Wherryd) -> None:
 
 def test_a_terminal(docker: Dockerd, wherryd: Wherryd) -> None:
     need("script")
-    inner = f"docker -H {docker.address} run --rm -it --net none {IMAGE} sh -c 'test -t 0 && test -t 1 && stty size'"
-    done = subprocess.run(
-        ["script", "-qec", f"stty rows 33 cols 77; {inner}", "/dev/null"],
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.stdout.split() == [b"33", b"77"], done.stdout
+    # docker sizes the terminal after the start
+    shown = "test -t 0 && test -t 1 && until stty size 2>/dev/null; do sleep 0.05; done"
+    inner = f"docker -H {docker.address} run --rm -it --net none {IMAGE} sh -c '{shown}'"
+    command = ["script", "-qec", f"stty rows 33 cols 77; {inner}", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert done.stdout.endswith(b"33 77\r\n"), done.stdout
 
 
 def test_a_detached_container(docker: Dockerd, wherryd: Wherryd) -> None:
@@ -275,10 +273,10 @@ def test_wherryd_as_the_containerd_of_dockerd() -> None:
         eventually(lambda: not alive(int(ours)))
     finally:
         docker.close()
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+        for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if f"{folder}/".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(int(pid), signal.SIGKILL)
+                if f"{folder}/".encode() in Path(f"/proc/{name}/cmdline").read_bytes():
+                    os.kill(int(name), signal.SIGKILL)
         unmount(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
