@@ -10,6 +10,14 @@ Beside containerd's tables there are ours:
       keep_for = "168h"                           # for how long subscribers may go on where they stopped; "0": for ever
       keep_count = 100000                         # and over how many events at most; 0: any number
 
+    [network]
+      pools = ["10.210.0.0/16/22"]                # subnets for networks that name none: /22 ones out of this one
+      subnet = ""                                 # of the built-in network; empty: out of the pools
+      bridge = ""                                 # its interface; empty: wherry0 (another state folder: wherry-…)
+      ipv6 = false                                # whether it has IPv6
+      cni_conf_dir = "/etc/cni/net.d"             # conflists: networks by CNI
+      cni_bin_dirs = ["/opt/cni/bin", "/usr/lib/cni"]
+
     [runtimes."io.containerd.runc.v2"]       # the name that a container gives as its runtime
       shim = "/usr/bin/containerd-shim-runc-v2"   # absolute path or a name on PATH; empty: Wherry's own shim
       binary = "/usr/sbin/runc"                   # OCI runtime for it, where the container names none
@@ -240,6 +248,22 @@ class Events:
 
 
 @dataclass(frozen=True)
+class NetworkOptions:
+    """`[network]`, a table of ours: the built-in networks, and where CNI's are.
+
+    `pools` are POOL/LENGTH: networks that name no subnet get one of that prefix length out of the first with room.
+    `subnet`, `bridge` (the interface's name) and `ipv6` are the built-in network's; they hold when it is made.
+    """
+
+    pools: Sequence[str] = ("10.210.0.0/16/22", "172.30.0.0/15/22", "192.168.192.0/18/24")
+    subnet: str = ""
+    bridge: str = ""
+    ipv6: bool = False
+    cni_conf_dir: str = "/etc/cni/net.d"
+    cni_bin_dirs: Sequence[str] = ("/opt/cni/bin", "/usr/lib/cni")
+
+
+@dataclass(frozen=True)
 class Config:
     """All of it. `warnings` says what in the files was not understood; `files` which files were read."""
 
@@ -258,6 +282,7 @@ class Config:
     limits: Limits = Limits()
     runtimes: Mapping[str, RuntimeHandler] = field(default_factory=dict)
     events: Events = Events()
+    network: NetworkOptions = NetworkOptions()
     gc: Gc = field(default=Gc(), metadata={"plugin": True})
     overlayfs: Overlayfs = field(default=Overlayfs(), metadata={"plugin": True})
     native: Snapshotter = field(default=Snapshotter(), metadata={"plugin": True})

@@ -35,6 +35,9 @@ from wherry.daemon.link import Limits, Places
 from wherry.daemon.metadata import Metadata
 from wherry.daemon.metrics import CallCounter
 from wherry.daemon.namespaces import NamespaceService, NamespaceStore
+from wherry.daemon.network import NetworkService
+from wherry.daemon.network_manager import NetworkManager
+from wherry.daemon.network_peers import Peers
 from wherry.daemon.notify import notify
 from wherry.daemon.observed import Observed, Observer
 from wherry.daemon.plugins import Plugins
@@ -200,10 +203,16 @@ class Daemon:
                 ttrpc_address=config.ttrpc_address,
                 log_level=config.debug.level or "info",
             )
+            networks = NetworkManager(config.network, config.root, config.state, self._exchange)
+            self._cleanup.push_async_callback(networks.close)
             shims = Shims(places, Limits.of(config), self._exchange, self._forks, known)
             self._cleanup.push_async_callback(shims.close)
             shims.load()
-        self._task_service = TaskService(config, places.tasks, shims, self._containers, self._namespaces)
+            networks.start(Peers(shims, self._containers))
+        self._add("networks", NetworkService(networks, self._containers, self._namespaces))
+        self._task_service = TaskService(
+            config, places.tasks, shims, self._containers, self._namespaces, networks=networks
+        )
         self._add("tasks", self._task_service)
         self._build_everyday(self._task_service, shims)
         with self._plugins.load("io.containerd.sandbox.controller.v1", "shim", requires=requires):

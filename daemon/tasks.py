@@ -10,7 +10,7 @@ from dataclasses import replace
 import structlog
 from google.protobuf import any_pb2, empty_pb2
 
-from wherry.core.errors import InvalidArgument, NotFound, Unavailable, Unimplemented, WherryError
+from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented, WherryError
 from wherry.core.failpoints import reach
 from wherry.core.filters import compile_filters, fields
 from wherry.core.names import check_identifier
@@ -20,6 +20,7 @@ from wherry.daemon.config import Config
 from wherry.daemon.containers import ContainerStore
 from wherry.daemon.link import Limits, Shim
 from wherry.daemon.namespaces import NamespaceStore, require_namespace
+from wherry.daemon.network_manager import NetworkManager
 from wherry.daemon.shims import Shims, timestamp
 from wherry.proto import task_v3_pb2 as shim_api
 from wherry.proto import tasks_pb2 as pb
@@ -52,6 +53,8 @@ class TaskService:
         shims: Shims,
         containers: ContainerStore,
         namespaces: NamespaceStore,
+        *,
+        networks: NetworkManager,
     ) -> None:
         """`tasks` is the folder of the bundles."""
         self._config = config
@@ -60,6 +63,7 @@ class TaskService:
         self._shims = shims
         self._containers = containers
         self._namespaces = namespaces
+        self._networks = networks
 
     # -- the life of a task
 
@@ -72,22 +76,25 @@ class TaskService:
         launch, options = await self._runtime(namespace, container, request)
         bundle = Bundle(self._folder, namespace, container.id)
         given = request.options if request.options.value else options
-        shim = await self._shims.create(
-            bundle,
-            container.spec.value,
-            launch,
-            options,
-            shim_api.CreateTaskRequest(
-                id=container.id,
-                bundle=bundle.path,
-                rootfs=request.rootfs,
-                terminal=request.terminal,
-                stdin=request.stdin,
-                stdout=request.stdout,
-                stderr=request.stderr,
-                options=runtimes.options(given, launch, self._config.runtimes),
-            ),
+        asked = shim_api.CreateTaskRequest(
+            id=container.id,
+            bundle=bundle.path,
+            rootfs=request.rootfs,
+            terminal=request.terminal,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+            options=runtimes.options(given, launch, self._config.runtimes),
         )
+        spec = await self._networks.connect(container, namespace)
+        try:
+            shim = await self._shims.create(bundle, spec, launch, options, asked)
+        except AlreadyExists:
+            raise  # the network belongs to the task that is there
+        except BaseException:
+            await self._networks.release(namespace, container.id)
+            raise
+        self._networks.started(namespace, container.id, shim.pid)
         return pb.CreateTaskResponse(container_id=container.id, pid=shim.pid)
 
     async def start(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
@@ -110,8 +117,10 @@ class TaskService:
         except NotFound:
             # the shim has none: a daemon before this one deleted it and died before it was done
             self._shims.end(shim)
+            await self._networks.release(*shim.key)
             raise
         self._shims.end(shim, deleted)
+        await self._networks.release(*shim.key)
         return _deleted(shim.bundle.id, deleted)
 
     async def delete_process(self, request: pb.DeleteProcessRequest, context: Context) -> pb.DeleteResponse:

@@ -72,8 +72,8 @@ def resolv_conf(
     """/etc/resolv.conf of a container.
 
     `host` is the text of the host's file. `embedded`: addresses of our name servers, which ask the others; then a name
-    without a dot is asked for as it is (ndots:0), because names of containers have none. Else the servers are those that
-    were asked for, else those of the host that a container can reach.
+    without a dot is asked for as it is (ndots:0), because names of containers have none. Else the servers are those
+    that were asked for, else those of the host that a container can reach.
     """
     theirs = parse(host)
     servers = list(embedded or nameservers or outside(theirs.nameservers) or _PUBLIC)

@@ -93,7 +93,7 @@ class Connection:
     """All that a container has of networks while it has a task.
 
     `netns` is the path of its namespace, "" where it isn't ours. `names` are known on its networks beside the aliases.
-    `dns`: name servers that were asked for.
+    `dns`: name servers that were asked for. `pid` of the container's first process, 0 before it is there.
     """
 
     namespace: str
@@ -104,6 +104,7 @@ class Connection:
     ports: list[Port] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     dns: list[str] = field(default_factory=list)
+    pid: int = 0
 
     @property
     def key(self) -> str:

@@ -14,7 +14,7 @@ from wherry.network.model import Subnet
 AnyNetwork: TypeAlias = IPv4Network | IPv6Network
 
 POOLS = ("10.210.0.0/16/22", "172.30.0.0/15/22", "192.168.192.0/18/24")
-"""POOL/LENGTH: networks without a subnet of their own get one of that prefix length.
+"""The default: POOL/LENGTH; networks without a subnet of their own get one of that prefix length.
 
 A /22 holds 1021 containers, a bridge of Linux 1023 ports (BR_MAX_PORTS). The ranges are those that docker (172.17 to
 172.31 in order, 192.168.0 on), podman (10.88, 10.89) and Kubernetes' usual choices reach last or not at all.

@@ -111,6 +111,21 @@ def remove_network(table: str, network: Network, dns_port: int = 53) -> str:
     )
 
 
+def dns_elements(table: str, network: Network, dns_port: int, *, add: bool) -> str:
+    """What leads questions for names to another port than 53; nothing where it is 53."""
+    verb = "add" if add else "delete"
+    return "".join(
+        f"{verb} element inet {table} {name} {{ {value if add else value.partition(' : ')[0]} }}\n"
+        for name, value in _dns(network, dns_port)
+    )
+
+
+def _dns(network: Network, dns_port: int) -> list[tuple[str, str]]:
+    if dns_port == 53:
+        return []
+    return [("dns6" if item.is6 else "dns4", f"{item.gateway} : {dns_port}") for item in network.subnets]
+
+
 def _network(network: Network, dns_port: int) -> list[tuple[str, str]]:
     bridge = f'"{network.bridge}"'
     elements = [("bridges", bridge), ("pairs", f"{bridge} . {bridge}")]
@@ -118,9 +133,7 @@ def _network(network: Network, dns_port: int) -> list[tuple[str, str]]:
         elements.append(("internal", bridge))
     else:
         elements += [("subnets6" if item.is6 else "subnets4", item.subnet) for item in network.subnets]
-    if dns_port != 53:
-        elements += [("dns6" if item.is6 else "dns4", f"{item.gateway} : {dns_port}") for item in network.subnets]
-    return elements
+    return elements + _dns(network, dns_port)
 
 
 def publish(table: str, connection: Connection) -> str:

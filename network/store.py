@@ -115,6 +115,13 @@ class Store:
             (connection.namespace, connection.container, json.dumps(plain(connection))),
         )
 
+    def update(self, connection: Connection) -> None:
+        """As `save`, where there is still a record of it."""
+        self._db.execute(
+            "UPDATE connections SET record = ? WHERE namespace = ? AND container = ?",
+            (json.dumps(plain(connection)), connection.namespace, connection.container),
+        )
+
     def take(
         self, connection: Connection, wanted: Sequence[tuple[Network, Endpoint]], *, fresh: bool = True
     ) -> Connection:

@@ -1,0 +1,478 @@
+"""A container's network from the creation of its task to its end.
+
+What a container asks for is in its record (`wherry.network.v1.Settings`); here is what it has while it has a task.
+What is made is recorded before, and unmade before it is forgotten, so that any sudden end is harmless:
+
+1. `connect`: the record with its addresses; names and published ports (keeper); namespace, interfaces and rules
+   (worker); the files; then the task is created with a specification that joins the namespace.
+2. `release`, when the process has ended, or the task or the container is removed: ports and names are free at once;
+   interfaces and namespace go behind it; then the record with its addresses.
+3. `reconcile`, at the start: a record whose task has no bundle is undone like a release, and what bears our mark in the
+   kernel and is in no record is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from wherry.core import topics
+from wherry.core.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unimplemented,
+    WherryError,
+)
+from wherry.core.failpoints import reach
+from wherry.core.names import quote
+from wherry.daemon.config import NetworkOptions
+from wherry.daemon.events import Exchange
+from wherry.daemon.network_cni import CniNetworks
+from wherry.daemon.network_files import Files
+from wherry.daemon.network_kernel import Kernel
+from wherry.daemon.network_names import Names
+from wherry.daemon.network_peers import Peers
+from wherry.daemon.network_registry import Instance, Networks
+from wherry.daemon.network_settings import mac, port, settings_of
+from wherry.daemon.network_spec import Spec
+from wherry.network.model import DEFAULT, Connection, Endpoint, Network
+from wherry.network.store import Store
+from wherry.proto import events_pb2
+from wherry.proto import network_pb2 as pb
+from wherry.proto.containers_pb2 import Container
+from wherry.proto.types_pb2 import Envelope
+
+log = structlog.get_logger(__name__)
+
+Key = tuple[str, str]
+
+
+class NetworkManager:
+    """The networks of one daemon and its containers on them."""
+
+    def __init__(self, options: NetworkOptions, root: str, state: str, exchange: Exchange) -> None:
+        """Opens the store, no more. Raises OSError, FailedPrecondition."""
+        self._state = os.path.join(state, "network")
+        self._tasks_folder = os.path.join(state, "tasks")
+        os.makedirs(self._state, mode=0o711, exist_ok=True)
+        self._thread = ThreadPoolExecutor(1, "network-store")
+        self._store = Store(os.path.join(root, "network.db"))
+        instance = Instance(state)
+        self.networks = Networks(options, instance, self._store, self._thread)
+        marker = os.path.join(self._state, "touched")
+        self.kernel = Kernel(instance, self.networks, os.path.join(state, "netns"), marker)
+        self.connections: dict[Key, Connection] = {
+            (item.namespace, item.container): item for item in self._store.connections()
+        }
+        self.names = Names(
+            os.path.join(self._state, "keeper.sock"), self.networks, self.kernel, self.connections.values
+        )
+        self.files = Files(os.path.join(self._state, "files"), self.names)
+        self.cni = CniNetworks(options, os.path.join(root, "cni"))
+        self._locks: dict[Key, asyncio.Lock] = {}
+        self._going: dict[Key, asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._ready = asyncio.Event()
+        self._warned = False
+        self._peers: Peers | None = None
+        exchange.watch(topics.TASK_EXIT, self._saw)
+
+    # -- the daemon's start and end
+
+    def start(self, peers: Peers) -> None:
+        """Puts in order what an earlier daemon left; calls that concern networks wait for that."""
+        self._peers = peers
+        self._spawn(self._start())
+        if self.connections:
+            self._spawn(self.settle(peers))
+
+    async def _start(self) -> None:
+        try:
+            await self.reconcile()
+        except (WherryError, OSError) as error:
+            log.error("networks could not be put in order", error=str(error))
+        finally:
+            self._ready.set()
+
+    async def reconcile(self) -> None:
+        """The kernel, the keeper and the files as the records of tasks that are there say, and nothing else of ours."""
+        dead = [item for item in self.connections.values() if not self._has_bundle(item)]
+        for connection in dead:
+            del self.connections[connection.namespace, connection.container]
+        alive = list(self.connections.values())
+        for connection in dead:
+            await self._detach_cni(connection)
+        if self.kernel.touched or alive:
+            # first the keeper: the rules depend on the ports of its name servers
+            await self.names.reconcile()
+            await self.kernel.sweep(alive)
+        for connection in dead:
+            await self.networks.work(lambda store, gone=connection: store.drop(gone))  # type: ignore[misc]
+        self.cni.clean_up(alive)
+        self.files.sweep(self._tasks_folder)
+
+    async def close(self) -> None:
+        """Everything that containers have stays. Where none has anything, nothing stays."""
+        for work in [*self._background, *self._going.values()]:
+            with contextlib.suppress(TimeoutError, asyncio.CancelledError, WherryError):
+                async with asyncio.timeout(5):
+                    await asyncio.shield(work)
+        if not self.connections and self.kernel.touched:
+            with contextlib.suppress(WherryError, OSError):
+                await self.kernel.sweep([])
+        await self.cni.close()
+        await self.names.close()
+        await self.kernel.close()
+        self._thread.shutdown()
+        self._store.close()
+
+    def _has_bundle(self, connection: Connection) -> bool:
+        return os.path.isdir(os.path.join(self._tasks_folder, connection.namespace, connection.container))
+
+    # -- connect
+
+    async def connect(self, container: Container, namespace: str) -> bytes:
+        """The specification with which a container's task is to be created; its network is there when this returns.
+
+        Without settings it is the container's own. Raises what is wrong with the settings, FailedPrecondition where a
+        port or an address is in use, NotFound for a network that isn't there; then nothing is left.
+        """
+        settings = settings_of(container)
+        if settings is None:
+            return container.spec.value
+        await self._ready.wait()
+        key = namespace, container.id
+        async with self._lock(key):
+            await self._gone(key)
+            if (old := self.connections.get(key)) is not None:
+                if self._has_bundle(old):
+                    raise AlreadyExists(f"task {container.id}: already exists")
+                await self._release(key)
+                await self._gone(key)
+            work = self._spawn(self._connect(key, container, settings))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                # half of it would stay: it is done, and undone by who called us
+                with contextlib.suppress(WherryError, OSError):
+                    await work
+                raise
+
+    async def _connect(self, key: Key, container: Container, settings: pb.Settings) -> bytes:
+        spec = Spec(container.spec.value, container.id)
+        hostname = settings.hostname or spec.hostname or container.id[:12]
+        if settings.mode == "container":
+            await self._share(key, settings, spec)
+            return spec.data()
+        connection = Connection(
+            namespace=key[0],
+            container=key[1],
+            mode=settings.mode,
+            ports=[port(item) for item in settings.ports],
+            names=list(dict.fromkeys([*settings.names, container.id, container.id[:12]])),
+            dns=list(settings.dns),
+        )
+        if settings.mode == "host":
+            spec.join("")
+        elif settings.mode in ("bridge", "networks"):
+            await self._make(connection, settings, spec)
+        elif settings.mode != "none":
+            raise InvalidArgument(f"network mode {quote(settings.mode)}: invalid argument")
+        try:
+            spec.name(hostname, settings.domainname)
+            self.files.write(connection, settings, hostname, self.cni.resolv_conf(connection))
+        except BaseException:
+            await self._release(key)
+            raise
+        spec.mount(self.files.folder(*key))
+        return spec.data()
+
+    async def _make(self, connection: Connection, settings: pb.Settings, spec: Spec) -> None:
+        """Namespace, interfaces, addresses, rules, names and ports of a container."""
+        if spec.has_user_namespace:
+            # the namespace would belong to the host's root, and the container couldn't mount its /sys
+            raise Unimplemented("a container with a user namespace can't be on a network: use --net none or --net host")
+        key = connection.namespace, connection.container
+        wanted, foreign = await self._resolve(settings)
+        self._check_ports(connection, [network for network, _ in wanted], foreign)
+        token = os.urandom(4).hex()
+        connection.netns = os.path.join(self.kernel.folder, key[0], f"{key[1]}.{token}")
+        connection.endpoints += foreign
+        await self.networks.work(lambda store: store.take(connection, wanted))
+        connection.endpoints.sort(key=lambda item: item.interface)
+        self.connections[key] = connection
+        reach("network.recorded")
+        try:
+            await self._keep_and_plug(connection)
+            for endpoint in foreign:
+                await self.cni.add(connection, endpoint)
+            reach("network.attached")
+            await self.networks.work(lambda store: store.save(connection))
+        except BaseException:
+            await self._release(key)
+            raise
+        spec.join(connection.netns)
+        if not self._warned:
+            self._warned = True
+            self._spawn(self._warn())
+
+    async def _keep_and_plug(self, connection: Connection) -> None:
+        own = [item for item in connection.endpoints if item.kind == "bridge"]
+        if not own:
+            await self.kernel.namespace(connection.netns)
+            return
+        attach = self.kernel.attach
+        if any(port.host_port == 0 or port.host_port_end for port in connection.ports):
+            # the rules want to know which ports were found
+            await self.names.tell(connection)
+            reach("network.kept")
+            await attach(connection, own, list(self.connections.values()), make=True)
+            return
+        done = await asyncio.gather(
+            self.names.tell(connection),
+            attach(connection, own, list(self.connections.values()), make=True),
+            return_exceptions=True,
+        )
+        for error in done:
+            if error is not None:
+                raise error
+
+    async def _resolve(self, settings: pb.Settings) -> tuple[list[tuple[Network, Endpoint]], list[Endpoint]]:
+        """The endpoints that the settings ask for: those on our networks, and those that CNI makes."""
+        asked = list(settings.networks) or [pb.Attachment(network=DEFAULT)]
+        ours: list[tuple[Network, Endpoint]] = []
+        foreign: list[Endpoint] = []
+        for index, item in enumerate(asked):
+            interface = item.interface or f"eth{index}"
+            network = await self.network(DEFAULT if settings.mode == "bridge" else item.network)
+            if network is None:
+                found = self.cni.find(item.network)
+                if found is None:
+                    raise NotFound(f"network {quote(item.network)}: not found")
+                foreign.append(
+                    Endpoint(
+                        found, found, interface, "cni", "", item.ipv4, item.ipv6, item.mac, aliases=list(item.aliases)
+                    )
+                )
+                continue
+            ours.append((network, self.endpoint(network, item, interface)))
+        names = [network.name for network, _ in ours] + [item.name for item in foreign]
+        if len(set(names)) != len(names):
+            raise InvalidArgument("the same network is named twice: invalid argument")
+        return ours, foreign
+
+    async def network(self, name: str) -> Network | None:
+        """A built-in network by its name."""
+        return await self.networks.default() if name in (DEFAULT, "default") else self.networks.find(name)
+
+    def endpoint(self, network: Network, asked: pb.Attachment, interface: str) -> Endpoint:
+        """An endpoint that is still without what it isn't asked to have."""
+        if asked.ipv4 and network.of(4) is None:
+            raise InvalidArgument(f"network {quote(network.name)} has no IPv4 addresses: invalid argument")
+        if asked.ipv6 and network.of(6) is None:
+            raise InvalidArgument(f"network {quote(network.name)} has no IPv6 addresses (--ipv6): invalid argument")
+        return Endpoint(
+            network=network.id,
+            name=network.name,
+            interface=interface,
+            host_interface=self.kernel.veth(),
+            ipv4=asked.ipv4,
+            ipv6=asked.ipv6,
+            mac=mac(asked.mac),
+            aliases=list(asked.aliases),
+        )
+
+    def _check_ports(self, connection: Connection, ours: Sequence[Network], foreign: Sequence[Endpoint]) -> None:
+        if not connection.ports:
+            return
+        if not ours and foreign and not any(self.cni.publishes(item.name) for item in foreign):
+            raise InvalidArgument(
+                f"network {quote(foreign[0].name)} publishes no ports (portMappings): invalid argument"
+            )
+        if ours and all(network.internal for network in ours):
+            raise InvalidArgument(f"network {quote(ours[0].name)} is internal: its ports can't be published")
+
+    async def _share(self, key: Key, settings: pb.Settings, spec: Spec) -> None:
+        """The network, the name and the files of another container."""
+        if self._peers is None:
+            raise FailedPrecondition("the daemon's networks weren't started: failed precondition")
+        other = key[0], await self._peers.identity(key[0], settings.container)
+        connection = self.connections.get(other)
+        if connection is not None and connection.netns:
+            spec.join(connection.netns)
+        else:
+            try:
+                pid = await self._peers.pid(*other)
+            except NotFound:
+                raise FailedPrecondition(
+                    f"can't join the network of container {quote(settings.container)}: it isn't running"
+                ) from None
+            spec.join(f"/proc/{pid}/ns/net")
+        spec.name(self.files.hostname(*other), "")
+        spec.mount(self.files.folder(*other))
+
+    # -- release
+
+    def started(self, namespace: str, identity: str, pid: int) -> None:
+        """A container's task was created: its first process has this pid."""
+        connection = self.connections.get((namespace, identity))
+        if connection is not None and connection.pid != pid:
+            connection.pid = pid
+            self._spawn(self.networks.work(lambda store: store.update(connection)))
+
+    def _saw(self, envelope: Envelope) -> None:
+        """A process has ended; where it is a container's first one, what it had of networks goes.
+
+        The pid tells this life of the container from the one before it, whose last event may come late.
+        """
+        exited = events_pb2.TaskExit.FromString(envelope.event.value)
+        connection = self.connections.get((envelope.namespace, exited.container_id))
+        if connection is not None and exited.id == exited.container_id and exited.pid in (0, connection.pid):
+            self._spawn(self.release(envelope.namespace, exited.container_id))
+
+    async def release(self, namespace: str, identity: str) -> None:
+        """Its ports and names are free when this returns; the rest follows. One that has none is fine."""
+        key = namespace, identity
+        async with self._lock(key):
+            await self._release(key)
+
+    async def _release(self, key: Key) -> None:
+        connection = self.connections.pop(key, None)
+        if connection is None:
+            if key not in self._going:
+                self.files.remove(*key)
+            return
+        done = await asyncio.gather(
+            self.names.forget(connection), self.kernel.withdraw(connection), return_exceptions=True
+        )
+        for error in done:
+            if isinstance(error, BaseException):
+                log.warning("published ports could not be withdrawn", container=connection.key, error=str(error))
+        self._going[key] = self._spawn(self._detach(key, connection))
+
+    async def _detach(self, key: Key, connection: Connection) -> None:
+        try:
+            await self._detach_cni(connection)
+            reach("network.detaching")
+            await self.kernel.detach(connection, connection.endpoints, whole=True)
+            await self.networks.work(lambda store: store.drop(connection))
+        except WherryError as error:
+            # the record stays, and the next start tries again
+            log.error("a network could not be taken away", container=connection.key, error=error.message)
+        finally:
+            self.files.remove(*key)
+            self._going.pop(key, None)
+
+    async def _detach_cni(self, connection: Connection) -> None:
+        for endpoint in connection.endpoints:
+            if endpoint.kind == "cni":
+                await self.cni.delete(connection, endpoint)
+
+    async def _gone(self, key: Key) -> None:
+        """What is on its way out has gone."""
+        if (going := self._going.get(key)) is not None:
+            await asyncio.shield(going)
+
+    async def settle(self, peers: Peers) -> None:
+        """After a restart: those whose process ended while nobody saw it."""
+        await self._ready.wait()
+        for namespace, identity in list(self.connections):
+            try:
+                self.started(namespace, identity, await peers.pid(namespace, identity))
+            except NotFound:
+                await self.release(namespace, identity)
+            except WherryError:
+                continue  # a shim that doesn't answer: it may well run
+
+    # -- changes while it runs
+
+    async def plug(self, key: Key, network: Network, asked: pb.Attachment) -> None:
+        """One more network for a container that runs."""
+        async with self._lock(key):
+            connection = self.connections.get(key)
+            if connection is None:
+                return
+            if any(item.network == network.id for item in connection.endpoints):
+                raise AlreadyExists(f"container {quote(key[1])} is on network {quote(network.name)}: already exists")
+            taken = {item.interface for item in connection.endpoints}
+            interface = asked.interface or next(f"eth{n}" for n in range(256) if f"eth{n}" not in taken)
+            endpoint = self.endpoint(network, asked, interface)
+            await self.networks.work(lambda store: store.take(connection, [(network, endpoint)], fresh=False))
+            try:
+                await self.kernel.attach(connection, [endpoint], list(self.connections.values()), make=False)
+                await self.names.tell(connection)
+                await self.networks.work(lambda store: store.save(connection))
+            except BaseException:
+                await self._unplug(connection, endpoint)
+                raise
+            self.files.add_host(connection, endpoint)
+
+    async def unplug(self, key: Key, name: str) -> bool:
+        """One network less; whether it was on it."""
+        async with self._lock(key):
+            connection = self.connections.get(key)
+            endpoint = next((item for item in connection.endpoints if item.name == name), None) if connection else None
+            if connection is None or endpoint is None:
+                return False
+            if connection.ports and connection.publishing() is endpoint:
+                raise FailedPrecondition(
+                    f"the published ports of container {quote(key[1])} lead to network {quote(name)}"
+                )
+            await self._unplug(connection, endpoint)
+            return True
+
+    async def _unplug(self, connection: Connection, endpoint: Endpoint) -> None:
+        await self.kernel.detach(replace(connection, ports=[]), [endpoint], whole=False)
+        await self.networks.work(lambda store: store.leave(connection, endpoint))
+        with contextlib.suppress(WherryError):
+            await self.names.tell(connection)
+
+    async def rename(self, key: Key, names: Sequence[str]) -> None:
+        """Other names for a container that runs."""
+        async with self._lock(key):
+            if (connection := self.connections.get(key)) is not None:
+                connection.names = list(dict.fromkeys([*names, key[1], key[1][:12]]))
+                await self.networks.work(lambda store: store.save(connection))
+                await self.names.tell(connection)
+
+    # -- helpers
+
+    async def _warn(self) -> None:
+        """Says once which rules of others stand in the way: they are theirs to change."""
+        with contextlib.suppress(WherryError):
+            for chain in await self.kernel.droppers():
+                log.warning(
+                    "packets between containers and the outside are dropped by somebody else's rules: "
+                    "see 'Firewalls' in docs/networks.md",
+                    chain=chain,
+                )
+
+    def _lock(self, key: Key) -> asyncio.Lock:
+        lock = self._locks.get(key)
+        if lock is None:
+            if len(self._locks) > 256:
+                self._locks = {
+                    key: lock for key, lock in self._locks.items() if lock.locked() or key in self.connections
+                }
+            lock = self._locks[key] = asyncio.Lock()
+        return lock
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, WherryError):
+            log.error("work on a network failed", exc_info=error)
