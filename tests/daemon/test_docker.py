@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,13 +166,20 @@ def test_run(docker: Dockerd, wherryd: Wherryd) -> None:
 
 
 def test_a_terminal(docker: Dockerd, wherryd: Wherryd) -> None:
-    need("script")
     # docker sizes the terminal after the start
     shown = "test -t 0 && test -t 1 && until stty size 2>/dev/null; do sleep 0.05; done"
-    inner = f"docker -H {docker.address} run --rm -it --net none {IMAGE} sh -c '{shown}'"
-    command = ["script", "-qec", f"stty rows 33 cols 77; {inner}", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    assert done.stdout.endswith(b"33 77\r\n"), done.stdout
+    command = ["docker", "-H", docker.address, "run", "--rm", "-it", "--net", "none", IMAGE, "sh", "-c", shown]
+    master, slave = pty.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as process:
+        os.close(slave)
+        output = b""
+        with contextlib.suppress(OSError):  # EIO is a terminal's end
+            while data := os.read(master, 4096):
+                output += data
+        assert process.wait(60) == 0
+    os.close(master)
+    assert output == b"33 77\r\n"
 
 
 def test_a_detached_container(docker: Dockerd, wherryd: Wherryd) -> None:
