@@ -167,7 +167,7 @@ def test_run(docker: Dockerd, wherryd: Wherryd) -> None:
 
 def test_a_terminal(docker: Dockerd, wherryd: Wherryd) -> None:
     # docker sizes the terminal after the start
-    shown = "test -t 0 && test -t 1 && until stty size 2>/dev/null; do sleep 0.05; done"
+    shown = "test -t 0 && test -t 1 && until stty size 2>&1 | grep 33; do sleep 0.05; done"
     command = ["docker", "-H", docker.address, "run", "--rm", "-it", "--net", "none", IMAGE, "sh", "-c", shown]
     master, slave = pty.openpty()
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
