@@ -42,21 +42,39 @@ EVERYDAY = (
     _verb("kill", "lifecycle", "send a signal to containers"),
     _verb("rm", "lifecycle", "remove containers"),
     _verb("ps", "ps", "list containers"),
+    _verb("inspect", "inspect", "show everything about a container, image, volume or network"),
+    _verb("stats", "stats", "show what containers use, live"),
+    _verb("top", "stats", "list the processes of a container"),
+    _verb("port", "stats", "list the ports that a container publishes"),
+    _verb("cp", "cp", "copy files between a container and this host"),
+    _verb("diff", "cp", "list what a container changed in its files"),
+    _verb("export", "cp", "write a container's file system as a tar archive"),
     _verb("exec", "exec", "run a further process in a container"),
     _verb("attach", "exec", "follow a container that runs"),
     _verb("pause", "lifecycle", "freeze containers"),
     _verb("unpause", "lifecycle", "let paused containers go on"),
     _verb("wait", "lifecycle", "wait for containers to end"),
+    _verb("update", "update", "change limits of containers"),
     _verb("rename", "lifecycle", "give a container another name"),
 )
 IMAGES = (
     _verb("pull", "pull", "bring an image from a registry"),
     _verb("push", "push", "bring an image to a registry"),
+    Group(
+        ("images", "image", "i"), "images", "list images; with a verb: import, export, mount …", bare="docker_images"
+    ),
+    _verb("tag", "docker_images", "give an image a further name"),
+    _verb("rmi", "docker_images", "remove images"),
+    _verb("history", "docker_images", "show how an image was built"),
+    _verb("save", "docker_images", "write images as an archive"),
+    _verb("load", "docker_images", "read images from an archive"),
+    _verb("login", "login", "log in to a registry"),
+    _verb("logout", "login", "log out of a registry"),
 )
 GROUPED = (
     Group(("tasks", "task", "t"), "tasks", "containers that run: start, exec, kill, attach, metrics …"),
     Group(("containers", "container", "c"), "containers", "containers as records: run, create, list, remove …"),
-    Group(("images", "image", "i"), "images", "images: list, tag, remove, import, export, mount …"),
+    Group(("volume", "volumes"), "volume", "folders that outlive containers", bare="volume"),
     Group(("content",), "content", "blobs of the content store"),
     Group(("snapshots", "snapshot"), "snapshots", "file systems of images and containers"),
     Group(("namespaces", "namespace", "ns"), "namespaces", "the daemon's tenants"),
@@ -65,6 +83,8 @@ GROUPED = (
     Group(("oci",), "oci", "tools for OCI specifications"),
 )
 DAEMON = (
+    _verb("info", "system", "show what the daemon is and has"),
+    Group(("system",), "system", "disk usage, clean-up"),
     Group(("events", "event"), "events", "show what happens as it happens", single=True),
     _verb("version", "version", "versions of client and daemon"),
     _verb("gc", "gc", "remove what nothing references, or say what keeps a thing"),
@@ -247,12 +267,12 @@ def _find(rest: list[str]) -> tuple[Command, str, list[str]] | None:
     from wherry.cli.table import find, overview
 
     prog = f"wherry {name}"
-    if group.bare and (not rest or (rest[0].startswith("-") and rest[0] not in {"-h", "--help"})):
+    if _is_bare(name, group, rest):
         return import_module(f"wherry.cli.{group.bare}").COMMANDS[0], prog, rest
     commands: Sequence[Command] = import_module(f"wherry.cli.{group.module}").COMMANDS
     if group.single:
         return find(commands, name) or commands[0], prog, rest
-    if not rest or rest[0] in {"-h", "--help", "help"}:
+    if not rest or rest[0] in _HELPS:
         sys.stdout.write(overview(prog, group.help, commands) + "\n")
         return None
     command = find(commands, rest[0])
@@ -261,8 +281,22 @@ def _find(rest: list[str]) -> tuple[Command, str, list[str]] | None:
     return command, f"{prog} {rest[0]}", rest[1:]
 
 
+_HELPS = frozenset({"-h", "--help", "help"})
+
+
+def _is_bare(name: str, group: Group, rest: list[str]) -> bool:
+    """Whether a noun stands without a verb: `images`, `images -q`, `images alpine`."""
+    if not group.bare or name != group.names[0]:
+        return False
+    if not rest or rest[0].startswith("-"):
+        return not rest or rest[0] not in _HELPS
+    from wherry.cli.table import find
+
+    return rest[0] != "help" and find(import_module(f"wherry.cli.{group.module}").COMMANDS, rest[0]) is None
+
+
 def _help() -> str:
-    from wherry.client.address import DEFAULT_ADDRESS
+    from wherry.core import places
 
     def section(groups: Sequence[Group]) -> str:
         return "\n".join(f"  {', '.join(group.names):<30} {group.help}" for group in groups)
@@ -272,7 +306,7 @@ def _help() -> str:
         images=section(IMAGES),
         daemon=section(DAEMON),
         grouped=section(GROUPED),
-        address=DEFAULT_ADDRESS,
+        address=places.address(),
     )
 
 

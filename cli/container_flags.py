@@ -17,7 +17,7 @@ from wherry.core.errors import InvalidArgument, NotFound
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-Parser = argparse._ArgumentGroup
+Parser = argparse._ActionsContainer
 OCI_RUNTIMES = ("runc", "crun", "youki", "runsc", "kata-runtime")
 
 
@@ -29,7 +29,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _process(parser.add_argument_group("the process"))
     _files(parser.add_argument_group("files"))
     network_flags.configure(parser)
-    _limits(parser.add_argument_group("limits"))
+    group = parser.add_argument_group("limits")
+    limit_options(group)
+    _text(group, "--cgroup-parent", metavar="PATH", help="the cgroup above its own")
     _isolation(parser.add_argument_group("isolation"))
     _health(parser.add_argument_group("health"))
     _engine(parser.add_argument_group("image and runtime"))
@@ -89,7 +91,8 @@ def _files(group: Parser) -> None:
     _flag(group, "--rootfs", help="IMAGE is a folder of the host to use as the root")
 
 
-def _limits(group: Parser) -> None:
+def limit_options(group: argparse._ActionsContainer) -> None:
+    """The limits, for `run`, `create` and `update`."""
     for names, metavar, text in (
         (("-m", "--memory"), "SIZE", "memory (256m, 2g)"),
         (("--memory-reservation",), "SIZE", "memory that it keeps when there is little"),
@@ -112,7 +115,6 @@ def _limits(group: Parser) -> None:
     )
     for kind in ("read-bps", "write-bps", "read-iops", "write-iops"):
         _many(group, f"--device-{kind}", metavar="DEVICE:RATE", help=f"most it may {kind.replace('-', ' in ')}")
-    _text(group, "--cgroup-parent", metavar="PATH", help="the cgroup above its own")
 
 
 def _isolation(group: Parser) -> None:

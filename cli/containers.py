@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from wherry.cli import ctr_run, launching
+from wherry.cli import ctr_run, inspect, launching, system
 from wherry.cli.arguments import pairs
 from wherry.cli.output import Column, labels, listing, listing_options, print_json, when
 from wherry.cli.table import Command
@@ -122,6 +122,8 @@ COMMANDS = [
         ("create",), "make a container without starting it", create, _create_options,
         "wherry containers create docker.io/library/redis:7 cache",
     ),
+    inspect.command("container"),
+    system.CONTAINER_PRUNE,
     Command(("info",), "show everything about a container (JSON)", info, _info_options),
     Command(("label",), "set and take away labels", label, _label_options),
     Command(("delete", "del", "remove", "rm"), "remove containers and their file systems", delete, _delete_options),

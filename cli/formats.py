@@ -31,7 +31,9 @@ MORE: Headings = {
 
 def format_option(parser: argparse._ActionsContainer, what: str = "table (default), json, or a template") -> None:
     """`--format`."""
-    parser.add_argument("--format", default="", metavar="FORMAT", help=f"{what}: '{{{{.ID}}}} {{{{.Name}}}}'")
+    # -f is the filter of listings
+    names = ("--format",) if "template" in what and what.startswith("table") else ("-f", "--format")
+    parser.add_argument(*names, default="", metavar="FORMAT", help=f"{what}: '{{{{.ID}}}} {{{{.Name}}}}'")
 
 
 def listing_flags(parser: argparse.ArgumentParser, *, quiet: str = "ids", trunc: bool = True) -> None:

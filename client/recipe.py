@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -264,8 +265,6 @@ class _Kitchen:
         recipe = self._recipe
         network = recipe.network
         if network is not None and network.mode == "host" and not recipe.hostname:
-            import os
-
             return os.uname().nodename
         return recipe.hostname or self._id[:SHORT]
 
@@ -410,7 +409,9 @@ def set_namespace(spec: dict[str, Any], kind: str, mode: str, path: str) -> None
 def _share_shm(spec: dict[str, Any], path: str) -> None:
     """POSIX shared memory and queues are files: who shares the namespace shares them too."""
     root = path.removesuffix("/ns/ipc") + "/root" if path else ""
-    for mount in spec["mounts"]:
-        if mount["destination"] in _SHARED_SHM:
-            place = mount["destination"]
+    for mount in list(spec["mounts"]):
+        place = mount["destination"]
+        if place in _SHARED_SHM and not os.path.exists(f"{root}{place}"):
+            spec["mounts"].remove(mount)
+        elif place in _SHARED_SHM:
             mount |= {"type": "bind", "source": f"{root}{place}", "options": ["rbind", "nosuid", "noexec", "nodev"]}
