@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from wherry.cli import image_files, pull, push
+from wherry.cli import image_changes, image_files, inspect, pull, push, registries, system
 from wherry.cli.arguments import pairs
 from wherry.cli.output import Column, labels, listing, listing_options, size, when
 from wherry.cli.table import Command
@@ -221,10 +221,14 @@ COMMANDS = [
     Command(("list", "ls"), "list images", list_, _list_options, "wherry images ls --format json"),
     *pull.COMMANDS,
     *push.COMMANDS,
+    *registries.COMMANDS,
     Command(("check",), "say whether images are complete and unpacked", check, _check_options),
     Command(("tag",), "give an image further names", tag, _tag_options),
     Command(("label",), "set and take away labels", label, _label_options),
     Command(("usage",), "show what an image uses", usage, _usage_options),
     *image_files.COMMANDS,
+    *image_changes.COMMANDS,
     Command(("delete", "del", "remove", "rm"), "remove images", delete, _delete_options),
+    inspect.command("image"),
+    system.IMAGE_PRUNE,
 ]

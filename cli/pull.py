@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import pairs
 from wherry.cli.table import Command
-from wherry.cli.transfers import explained, full_name, registry, registry_options, show
+from wherry.cli.transfers import explained, full_name, progress_options, registry, registry_options, result, show
 from wherry.core.platforms import host, parse
 
 if TYPE_CHECKING:
@@ -30,12 +30,13 @@ async def pull(session: Session, args: argparse.Namespace) -> None:
         unpack=() if args.no_unpack else [(platform, snapshotter) for platform in platforms or [host()]],
     )
     with explained():
-        await show(progress, quiet=args.quiet)
-    print(name)
+        await show(progress, quiet=args.quiet, style=args.format)
+    result(args, name)
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     registry_options(parser)
+    progress_options(parser)
     parser.add_argument("--platform", action="append", default=[], metavar="OS/ARCH", help="platforms (the host's)")
     parser.add_argument("--all-platforms", action="store_true", help="everything of every platform")
     parser.add_argument("--all-metadata", action="store_true", help="the manifests of every platform")

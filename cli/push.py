@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from wherry.cli.table import Command
-from wherry.cli.transfers import explained, full_name, registry, registry_options, show
+from wherry.cli.transfers import explained, full_name, progress_options, registry, registry_options, result, show
 from wherry.core.platforms import parse
 
 if TYPE_CHECKING:
@@ -20,11 +20,14 @@ async def push(session: Session, args: argparse.Namespace) -> None:
     platforms = [parse(text) for text in args.platform]
     progress = client.transfer.push(registry(args, full_name(args.reference)), name=local.name, platforms=platforms)
     with explained():
-        await show(progress, quiet=args.quiet)
+        await show(progress, quiet=args.quiet, style=args.format)
+    if args.format == "json":
+        result(args, full_name(args.reference))
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     registry_options(parser)
+    progress_options(parser)
     parser.add_argument("--platform", action="append", default=[], metavar="OS/ARCH", help="platforms to push (all)")
     parser.add_argument("reference", metavar="IMAGE", help="the name in the registry")
     parser.add_argument("local", nargs="?", metavar="LOCAL", help="the image here, where its name is another")

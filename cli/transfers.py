@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import user_secret
-from wherry.cli.output import size
-from wherry.cli.terminal import is_terminal, window
+from wherry.cli.progress import Display, JsonLines, Silence
+from wherry.cli.terminal import is_terminal
 from wherry.client.transfer import Progress, Registry
 from wherry.core.credentials import from_docker_config
 from wherry.core.errors import Unimplemented
@@ -20,10 +19,6 @@ from wherry.core.reference import parse_familiar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-# seconds between two pictures of the progress: fast enough for the eye, slow enough for a terminal
-REFRESH = 0.1
-FINAL = ("complete", "exists", "extracted", "completed", "saved", "uploaded")
 
 
 def registry_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +28,6 @@ def registry_options(parser: argparse.ArgumentParser) -> None:
         "-u", "--user", default="", metavar="USER[:PASSWORD]", help="who you are (else as docker login said)"
     )
     parser.add_argument("--hosts-dir", default="", metavar="DIR", help="hosts.toml files (certificates, mirrors)")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
 def full_name(text: str) -> str:
@@ -63,49 +57,34 @@ def explained() -> Iterator[None]:
         ) from error
 
 
-async def show(progress: AsyncIterator[Progress], *, quiet: bool) -> None:
-    """Follows a transfer to its end: a line for each thing, redrawn on a terminal; else one line when it is done."""
-    display = _Display(is_terminal(2) and not quiet)
-    async for step in progress:
-        if not quiet:
+def progress_options(parser: argparse.ArgumentParser) -> None:
+    """How the progress is shown."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    parser.add_argument(
+        "--format", choices=("auto", "plain", "json"), default="auto",
+        help="a picture on a terminal and else lines (auto), lines, JSON on stdout",
+    )  # fmt: skip
+
+
+async def show(progress: AsyncIterator[Progress], *, quiet: bool = False, style: str = "auto") -> None:
+    """Follows a transfer to its end; `style` is `auto`, `plain` or `json`, as in `progress_options`."""
+    display: Display | JsonLines | Silence
+    if style == "json":
+        display = JsonLines()
+    elif quiet:
+        display = Silence()
+    else:
+        display = Display(live=style == "auto" and is_terminal(2))
+    try:
+        async for step in progress:
             display.add(step)
-    display.draw(last=True)
+    finally:
+        display.draw(last=True)
 
 
-class _Display:
-    def __init__(self, live: bool) -> None:
-        self._live = live
-        self._steps: dict[str, Progress] = {}
-        self._lines = 0
-        self._drawn = 0.0
-
-    def add(self, step: Progress) -> None:
-        before = self._steps.get(step.name)
-        if step.name:
-            self._steps[step.name] = step
-        if self._live:
-            self.draw()
-        elif not step.name:
-            sys.stderr.write(f"{step.event}\n")
-        elif step.event in FINAL and (before is None or before.event != step.event):
-            sys.stderr.write(self._line(step) + "\n")
-
-    def draw(self, *, last: bool = False) -> None:
-        """All lines anew, over those that were drawn before."""
-        now = time.monotonic()
-        if not self._live or (not last and now - self._drawn < REFRESH):
-            return
-        self._drawn = now
-        up = f"\x1b[{self._lines}A" if self._lines else ""
-        lines = [self._line(step) for step in self._steps.values()]
-        sys.stderr.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
-        sys.stderr.flush()
-        self._lines = len(lines)
-
-    @staticmethod
-    def _line(step: Progress) -> str:
-        amount = f"{size(step.progress)}/{size(step.total)}" if step.total > 0 else ""
-        # twelve digits of a digest are enough for a person, and a line that wraps spoils the picture
-        name = re.sub(r"(sha\d+:[0-9a-f]{12})[0-9a-f]+", r"\1", step.name)
-        columns = (window() or (120, 0))[0]
-        return f"{name:<40} {step.event:<16} {amount}".rstrip()[: columns - 1]
+def result(args: argparse.Namespace, name: str) -> None:
+    """Says what came of it: the name alone, or as the last JSON object."""
+    if args.format == "json":
+        sys.stdout.write(json.dumps({"event": "finished", "name": name}) + "\n")
+    else:
+        print(name)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wherry.core import platforms
 from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest, chain_id
 from wherry.core.errors import InvalidArgument, NotFound
-from wherry.core.mediatypes import is_index, is_manifest
+from wherry.core.mediatypes import is_config, is_index, is_manifest
 
 if TYPE_CHECKING:
     from wherry.client.content import Content
+    from wherry.client.registries import Document
     from wherry.core.platforms import Platform
 
 # an index may name indexes; nobody needs more than a few of them, and a loop would have no end
@@ -88,6 +89,39 @@ async def picture(content: Content, target: Descriptor, platform: Platform | Non
     config = Descriptor.from_json(document.get("config"), "config of the manifest")
     layers = tuple(Descriptor.from_json(item) for item in document.get("layers") or ())
     return Picture(manifest, config, await read_json(content, config), layers)
+
+
+async def documents(content: Content, target: Descriptor, wanted: Iterable[Platform] = ()) -> list[Document]:
+    """The root, and of an index the manifests for some platforms (all without), each manifest with its configuration.
+
+    As `Registries.inspect` gives them. Raises NotFound where no manifest fits, or what fits isn't in the store.
+    """
+    from wherry.client.registries import Document
+
+    async def read(item: Descriptor) -> Document:
+        return Document(item, item.platform, await content.blob(item.digest))
+
+    found = [await read(target)]
+    manifests = [found[0]] if is_manifest(target.media_type) else []
+    if is_index(target.media_type):
+        offered = [Descriptor.from_json(item) for item in found[0].value.get("manifests") or ()]
+        chosen = [item for item in offered if is_manifest(item.media_type)]
+        if wanted:
+            known = [item.platform for item in chosen]
+            picked = {platforms.best(platform, known) for platform in wanted}
+            chosen = [item for at, item in enumerate(chosen) if at in picked]
+            if not chosen:
+                raise NotFound(f"no match for platform in manifest {target.digest}: not found")
+        manifests = [await read(item) for item in chosen]
+        found = found[:1]
+    else:
+        found = [] if manifests else found
+    for manifest in manifests:
+        found.append(manifest)
+        config = Descriptor.from_json(manifest.value.get("config"), "config of the manifest")
+        if is_config(config.media_type):
+            found.append(await read(config))
+    return found
 
 
 async def walk(content: Content, target: Descriptor) -> list[Descriptor]:

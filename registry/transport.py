@@ -108,7 +108,7 @@ class Transport:
                 except aiohttp.ClientConnectorError as error:
                     refused = isinstance(error.os_error, ConnectionRefusedError)
                     speaks_tls = isinstance(error, aiohttp.ClientConnectorCertificateError)
-                    if not host.plain_ok or host.netloc in self._plain or refused or speaks_tls:
+                    if not host.plain_ok or host.scheme == "http" or refused or speaks_tls:
                         raise
                     self._plain.add(host.netloc)
                     host = self._settled(host)
