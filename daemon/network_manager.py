@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,6 +35,7 @@ from wherry.core.errors import (
 )
 from wherry.core.failpoints import reach
 from wherry.core.names import quote
+from wherry.daemon import logs
 from wherry.daemon.config import NetworkOptions
 from wherry.daemon.events import Exchange
 from wherry.daemon.network_cni import CniNetworks
@@ -85,6 +87,7 @@ class NetworkManager:
         self._warned = False
         self._peers: Peers | None = None
         exchange.watch(topics.TASK_EXIT, self._saw)
+        exchange.watch(topics.CONTAINER_CREATE, self._expect)
 
     # -- the daemon's start and end
 
@@ -151,6 +154,7 @@ class NetworkManager:
             return container.spec.value
         await self._ready.wait()
         key = namespace, container.id
+        began = time.perf_counter()
         async with self._lock(key):
             await self._gone(key)
             if (old := self.connections.get(key)) is not None:
@@ -160,7 +164,10 @@ class NetworkManager:
                 await self._gone(key)
             work = self._spawn(self._connect(key, container, settings))
             try:
-                return await asyncio.shield(work)
+                spec: bytes = await asyncio.shield(work)
+                if logs.is_debug():
+                    log.debug("network connected", id=container.id, ms=round((time.perf_counter() - began) * 1000, 2))
+                return spec
             except asyncio.CancelledError:
                 # half of it would stay: it is done, and undone by who called us
                 with contextlib.suppress(WherryError, OSError):
@@ -321,6 +328,12 @@ class NetworkManager:
         spec.mount(self.files.folder(*other))
 
     # -- release
+
+    def _expect(self, envelope: Envelope) -> None:
+        """A container that will want a network: the worker starts while its root is prepared."""
+        identity = events_pb2.ContainerCreate.FromString(envelope.event.value).id
+        if self._peers is not None and self._peers.wants_network(envelope.namespace, identity):
+            self._spawn(self.kernel.warm())
 
     def started(self, namespace: str, identity: str, pid: int) -> None:
         """A container's task was created: its first process has this pid."""

@@ -66,6 +66,10 @@ class Names:
         """A container's names and ports are free."""
         if self._owner(connection) is not None and self.keeper.there:
             await self.keeper.owner(connection.key, None)
+            if self.keeper.adopted and not self._wanted()["owners"]:
+                # an earlier daemon's, and perhaps of its version: it has done its work
+                self._told.clear()
+                await self.keeper.leave()
 
     async def remove_network(self, network: Network) -> None:
         """Its names are served no longer."""
@@ -81,6 +85,8 @@ class Names:
             ports = await self.keeper.sync()
             self._told = set(wanted["networks"])
             await self._kernel.redirect(ports)
+        if adopted and not wanted["owners"]:
+            await self.keeper.leave()
 
     async def close(self) -> None:
         await self.keeper.close()

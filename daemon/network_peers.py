@@ -6,6 +6,7 @@ from wherry.core.errors import NotFound
 from wherry.core.labels import CONTAINER_NAME
 from wherry.core.names import quote
 from wherry.daemon.containers import ContainerStore
+from wherry.daemon.network_settings import settings_of
 from wherry.daemon.shims import Shims
 from wherry.proto.task_types_pb2 import Status
 
@@ -27,6 +28,14 @@ class Peers:
         if state.status == Status.STOPPED:
             raise NotFound(f"container {quote(identity)} isn't running: not found")
         return state.pid
+
+    def wants_network(self, namespace: str, identity: str) -> bool:
+        """Whether a container asks for a network of ours."""
+        try:
+            settings = settings_of(self._containers.get(namespace, identity))
+        except NotFound:
+            return False
+        return settings is not None and settings.mode in ("bridge", "networks")
 
     async def identity(self, namespace: str, name: str) -> str:
         """The id of the container that is meant by an id or a name. Raises NotFound."""

@@ -77,6 +77,19 @@ class KeeperClient:
         """Whether one runs that we speak with."""
         return self._writer is not None
 
+    @property
+    def adopted(self) -> bool:
+        """Whether an earlier daemon started the one that runs."""
+        return self._process is None or self._process.pid != self.pid
+
+    async def leave(self) -> None:
+        """Hang up: one that keeps nothing ends then, and the next request starts another."""
+        async with self._lock:
+            if self._watching is not None:
+                self._watching.cancel()
+                self._watching = None
+            self._disconnect()
+
     async def close(self) -> None:
         """Leave it; it stays for as long as it keeps something."""
         self._closing = True

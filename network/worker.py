@@ -83,6 +83,8 @@ class Worker:
             self._links.unplug(name)
         if request["netns"]:
             self._links.remove_namespace(request["netns"])
+            with contextlib.suppress(OSError):  # another container of the namespace is there
+                os.rmdir(os.path.dirname(request["netns"]))
         if request["forget"]:
             forget(request["forget"])
 

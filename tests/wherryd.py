@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import busybox
+from tests import busybox, networks
 from tests.peers import need
 
 BUSYBOX = busybox.NAME
@@ -199,6 +199,7 @@ class Wherryd:
             with contextlib.suppress(OSError):
                 if str(self.folder) in record.read_text(errors="replace"):
                     shutil.rmtree(record.parent)
+        networks.clean(self.state)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
