@@ -35,7 +35,9 @@ def _module(item: pytest.Item) -> str:
 
 
 def _name(item: pytest.Item) -> str:
-    return str(getattr(item, "originalname", "") or item.name)
+    name = str(getattr(item, "originalname", "") or item.name)
+    caller = getattr(getattr(item, "callspec", None), "params", {}).get("caller")
+    return f"{name}_under_{caller}" if caller else name
 
 
 def _runtime_of(item: pytest.Item) -> str:
