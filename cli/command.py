@@ -74,6 +74,7 @@ IMAGES = (
 GROUPED = (
     Group(("tasks", "task", "t"), "tasks", "containers that run: start, exec, kill, attach, metrics …"),
     Group(("containers", "container", "c"), "containers", "containers as records: run, create, list, remove …"),
+    Group(("network", "networks", "net"), "network", "networks of containers", bare="network"),
     Group(("volume", "volumes"), "volume", "folders that outlive containers", bare="volume"),
     Group(("content",), "content", "blobs of the content store"),
     Group(("snapshots", "snapshot"), "snapshots", "file systems of images and containers"),
@@ -88,6 +89,8 @@ DAEMON = (
     Group(("events", "event"), "events", "show what happens as it happens", single=True),
     _verb("version", "version", "versions of client and daemon"),
     _verb("gc", "gc", "remove what nothing references, or say what keeps a thing"),
+    _verb("doctor", "doctor", "check what this host allows, and say what to do"),
+    _verb("unshare", "unshare", "run a command in the namespaces of a user's containers"),
 )
 GROUPS = (*EVERYDAY, *IMAGES, *DAEMON, *GROUPED)
 

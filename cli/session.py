@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from wherry.client.address import connect_blocking, default_address, default_namespace
 from wherry.client.api import Client
+from wherry.core import places
 from wherry.core.errors import PermissionDenied, Unavailable
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Session:
         except PermissionDenied:
             raise
         except Unavailable as error:
+            if places.is_users() and not self.embedded and self.address == places.address():
+                # an ordinary user has no service manager that would start one, and expects none to be needed
+                self.embedded = True
+                return self.another()
             raise NoDaemon(
                 f"no daemon answers at {self.address} ({_reason(error.message)}).\n"
                 "Start one with 'systemctl start wherryd' or 'wherryd &', name another with --address, or let this "

@@ -147,9 +147,11 @@ def _publish(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     if os.geteuid() != 0:
-        from wherry.daemon.rootless import enter
+        from wherry.linux.rootless import enter
 
         enter(_load(options).state)
+        # it isn't enough to go on: what was opened, loaded and cached so far belongs to the user outside
+        os.execv(sys.executable, sys.orig_argv)
     from wherry.daemon import logs
     from wherry.daemon.notify import listeners
 
@@ -157,8 +159,8 @@ def _serve(options: argparse.Namespace) -> int:
     config = _load(options)
     logs.set_up(config.debug.level, config.debug.format)
     with _locks(config, sockets):
-        from wherry.daemon.rootless import leave
         from wherry.daemon.run import run
+        from wherry.linux.rootless import leave
 
         code = run(config, sockets)
         leave(config.state)

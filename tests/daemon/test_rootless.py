@@ -15,7 +15,7 @@ import pytest
 
 from tests import busybox
 from tests.peers import missing, need
-from wherry.daemon.rootless import Range, granted
+from wherry.linux.rootless import Range, granted
 
 # other users can't look into root's home, where the interpreter of the tests may be
 PYTHON = "/usr/bin/python3"
