@@ -51,6 +51,7 @@ EVERYDAY = (
     _verb("export", "cp", "write a container's file system as a tar archive"),
     _verb("exec", "exec", "run a further process in a container"),
     _verb("attach", "exec", "follow a container that runs"),
+    _verb("logs", "logs", "show what a container wrote"),
     _verb("pause", "lifecycle", "freeze containers"),
     _verb("unpause", "lifecycle", "let paused containers go on"),
     _verb("wait", "lifecycle", "wait for containers to end"),

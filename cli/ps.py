@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from wherry.client.api import Client
     from wherry.client.containers import Container
 
+# the extension in which a container's record says what it asks of networks (wherry.client.network)
+_NETWORK = "wherry.network"
 COLUMNS: Headings = {
     "ID": "CONTAINER ID",
     "Image": "IMAGE",
@@ -44,8 +46,10 @@ async def ps(session: Session, args: argparse.Namespace) -> None:
     for status in found.get("status", ()):
         if status not in STATUSES:
             raise InvalidArgument(f"unknown status {status!r}: there are {', '.join(STATUSES)}")
+    # the daemon asks shims while the records come
+    asked = client.tasks.listing()
     containers = await client.containers.list()
-    tasks = {task.container_id: task for task in await client.tasks.list()}
+    tasks = {task.container_id: task for task in await asked.tasks()}
     containers.sort(key=lambda item: item.created_at, reverse=True)
     items = [(item, state_of(item, tasks.get(item.id))) for item in containers]
     last = 1 if args.latest else args.last
@@ -56,10 +60,24 @@ async def ps(session: Session, args: argparse.Namespace) -> None:
         items = items[:last]
     columns = {**COLUMNS, "Size": "SIZE"} if args.size else COLUMNS
     rows = [row(item, state, whole=args.no_trunc) for item, state in items]
+    await _networks(client, rows, items)
     if args.size or "Size" in args.format:
         for line, (item, _) in zip(rows, items, strict=True):
             line["Size"] = await _size(client, item)
     show(args, rows, columns)
+
+
+async def _networks(client: Client, rows: list[dict[str, Any]], items: list[tuple[Container, State]]) -> None:
+    """Fills in what those that run have of networks; nothing where the daemon has none (containerd)."""
+    if not any(state.running and _NETWORK in item.extensions for item, state in items):
+        return
+    from wherry.client.network import show_ports
+
+    has = {status.container: status for status in await client.networks.status()}
+    for line, (item, _) in zip(rows, items, strict=True):
+        if (status := has.get(item.id)) is not None:
+            line["Ports"] = show_ports(status.ports)
+            line["Networks"] = ",".join(endpoint.network for endpoint in status.endpoints)
 
 
 def row(container: Container, state: State, *, whole: bool = False) -> dict[str, Any]:
@@ -115,13 +133,34 @@ def fits(found: dict[str, list[str]], container: Container, state: State, every:
             for mount in mounts_of(container)
         ),
         "health": lambda value: (state.health or "none") == value,
-        "network": lambda value: False,
-        "publish": lambda value: False,
+        "network": lambda value: value in _network_names(container),
+        "publish": lambda value: _publishes(container, value),
         "is-task": lambda value: value in {"0", "false"},
     }
     if not labels_fit(found.get("label", ()), container.labels):
         return False
     return all(any(tests[key](value) for value in values) for key, values in found.items() if key != "label")
+
+
+def _network_names(container: Container) -> list[str]:
+    from wherry.client.network import read_extensions
+
+    asked = read_extensions(container.extensions)
+    if asked is None:
+        return []
+    return [item.network for item in asked.networks] or [asked.mode]
+
+
+def _publishes(container: Container, value: str) -> bool:
+    """Whether a port (`80`, `53/udp`) is published, by its number on the host or inside."""
+    from wherry.client.network import read_extensions
+
+    number, _, protocol = value.partition("/")
+    asked = read_extensions(container.extensions)
+    return asked is not None and any(
+        number in {str(port.host_port), str(port.container_port)} and port.protocol == (protocol or "tcp")
+        for port in asked.ports
+    )
 
 
 def _search(pattern: str, text: str) -> bool:

@@ -372,6 +372,29 @@ class Networks:
         ]
 
 
+def show_ports(ports: Sequence[Port]) -> str:
+    """The published ports in one cell, neighbours as ranges: `0.0.0.0:7000-7009->7000-7009/tcp`."""
+    runs: list[list[Port]] = []
+    for port in sorted(ports, key=lambda item: (item.host_ip, item.protocol, item.container_port, item.host_port)):
+        last = runs[-1][-1] if runs else None
+        after = last is not None and port == last._replace(
+            container_port=last.container_port + 1, host_port=last.host_port + 1
+        )
+        if after:
+            runs[-1].append(port)
+        else:
+            runs.append([port])
+    return ", ".join(_show_run(run[0], run[-1]) for run in runs)
+
+
+def _show_run(first: Port, last: Port) -> str:
+    if first == last:
+        return show_port(first)
+    host, _, _ = show_port(first).rpartition(f":{first.host_port}->")
+    inside = f"{first.container_port}-{last.container_port}"
+    return f"{host}:{first.host_port}-{last.host_port}->{inside}/{first.protocol}"
+
+
 def show_port(port: Port) -> str:
     """A published port as docker's listings have it: `0.0.0.0:8080->80/tcp`, `[::]:8080->80/tcp`."""
     host = port.host_ip or "0.0.0.0"
