@@ -6,7 +6,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING
@@ -39,15 +38,14 @@ def platform_of(text: str | None) -> Platform | None:
     return parse(text) if text else None
 
 
-def _open(path: str) -> IO[bytes]:
-    """The archive as a file that can seek; what comes on the input is spooled."""
-    if path != "-":
-        return open(path, "rb")
-    spool: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    while piece := sys.stdin.buffer.read(1 << 20):
-        spool.write(piece)
-    spool.seek(0)
-    return spool
+@contextmanager
+def _open(path: str) -> Iterator[IO[bytes]]:
+    """The archive as a stream: a file, or the input."""
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    with open(path, "rb") as file:
+        yield file
 
 
 async def import_(session: Session, args: argparse.Namespace) -> None:

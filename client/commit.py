@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wherry.client.building import store_document, timestamp
+from wherry.client.finding import find
 from wherry.client.images import Image
 from wherry.client.manifests import Picture, picture
 from wherry.core import mediatypes, platforms
@@ -35,20 +36,21 @@ class Changes(NamedTuple):
     pause: bool = True
 
 
-async def commit(client: Client, container_id: str, name: str, changes: Changes | None = None) -> Image:
+async def commit(client: Client, reference: str, name: str, changes: Changes | None = None) -> Image:
     """Make an image of a container's file system as it is now, under `name`, and return it.
 
+    `reference` is the container's id, its name or how its id begins.
     It has the media types of its base (OCI's without one). Raises NotFound (the container, its snapshot, the image's
     content), FailedPrecondition for a container whose image isn't its base any more, InvalidArgument for an instruction
     that is none.
     """
     wanted = changes or Changes()
     instructions = [parse_instruction(text) for text in wanted.instructions]
-    container = await client.containers.get(container_id)
+    container = await find(client, reference)
     async with client.lease() as leased:
         base = await _base(leased, container)
         docker = base is not None and base.manifest.media_type == mediatypes.DOCKER_MANIFEST
-        async with _paused(client, container_id) if wanted.pause else contextlib.nullcontext():
+        async with _paused(client, container.id) if wanted.pause else contextlib.nullcontext():
             kind = mediatypes.DOCKER_LAYER_GZIP if docker else mediatypes.OCI_LAYER_GZIP
             layer = await _diff(leased, container, kind)
         info = await leased.content.info(layer.digest)
