@@ -208,6 +208,10 @@ def test_disabling_what_stays_warns() -> None:
         ('[debug]\nlevel = "loud"', "debug.level: expected one of trace, debug"),
         ("this is not toml", "not TOML"),
         ('imports = "x"', "imports: expected an array of strings"),
+        ('[proxy_plugins.x]\ntype = "other"', 'proxy_plugins."x".type: expected "snapshot"'),
+        ('[proxy_plugins.x]\ntype = "snapshot"', 'proxy_plugins."x".address: expected the absolute path'),
+        ('[proxy_plugins.x]\ntype = "snapshot"\naddress = "/x"\nplatform = "a/b/c/d"', 'proxy_plugins."x".platform: '),
+        ("[limits]\nlayer_bytes = -1", "limits.layer_bytes: expected a number from 0 on"),
     ],
 )
 def test_wrong_values_name_file_and_key(tmp_path: Path, text: str, says: str) -> None:
