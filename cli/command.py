@@ -27,6 +27,7 @@ class Group(NamedTuple):
     help: str
     single: bool = False
     bare: str = ""
+    hidden: bool = False
 
 
 def _verb(name: str, module: str, help: str) -> Group:  # noqa: A002 - as the field is called
@@ -88,12 +89,15 @@ DAEMON = (
     _verb("info", "system", "show what the daemon is and has"),
     Group(("system",), "system", "disk usage, clean-up"),
     Group(("events", "event"), "events", "show what happens as it happens", single=True),
+    _verb("completion", "completion", "print a script that completes this command"),
+    _verb("man", "man", "print a manual page"),
     _verb("version", "version", "versions of client and daemon"),
     _verb("gc", "gc", "remove what nothing references, or say what keeps a thing"),
     _verb("doctor", "doctor", "check what this host allows, and say what to do"),
     _verb("unshare", "unshare", "run a command in the namespaces of a user's containers"),
 )
-GROUPS = (*EVERYDAY, *IMAGES, *DAEMON, *GROUPED)
+HIDDEN = (Group(("__complete",), "completion", "for the scripts of shells", single=True, hidden=True),)
+GROUPS = (*EVERYDAY, *IMAGES, *DAEMON, *GROUPED, *HIDDEN)
 
 HELP = """usage: wherry [GLOBAL OPTION]... COMMAND [OPTION]...
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from wherry.cli import network_flags
-from wherry.cli.arguments import byte_size, duration, signal_number
+from wherry.cli.arguments import byte_size, duration, pairs, signal_number
 from wherry.client import limits, mounting, security
 from wherry.client.launch import RUNTIME
 from wherry.client.recipe import Recipe
+from wherry.core import container_logs
 from wherry.core.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
@@ -324,6 +325,9 @@ def runtime_of(name: str) -> tuple[str, Message | None]:
 def log_uri(args: argparse.Namespace, default: str) -> str:
     """Where the output of a container that nobody follows goes."""
     driver = args.log_driver
+    options = pairs(args.log_opt)
+    if options and driver not in {"", "json-file", "local"}:
+        raise InvalidArgument(f"log options are for the driver json-file, {driver} has none")
     if driver == "none":
         return ""
     if "://" in driver:
@@ -332,7 +336,10 @@ def log_uri(args: argparse.Namespace, default: str) -> str:
         raise InvalidArgument(
             f"unknown log driver {driver!r}: there are json-file, none, and file:// and binary:// URIs"
         )
-    return default
+    if not options:
+        return default
+    container_logs.check(options)
+    return f"{default}?{'&'.join(f'{key}={value}' for key, value in options.items())}"
 
 
 def words(items: Sequence[str]) -> str:

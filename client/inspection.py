@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wherry.client.finding import name_of, short_image
 from wherry.client.states import State, inspect_state, label_json
+from wherry.core import container_logs
 from wherry.core.errors import NotFound, WherryError
 from wherry.core.labels import (
     CONFIG,
@@ -55,7 +56,7 @@ async def container(client: Client, item: Container, *, size: bool = False) -> d
         "State": _state(item, state),
         "Image": await _image_id(client, item.image),
         "ImageName": item.image,
-        "LogPath": item.labels.get(LOG_URI, "").partition("?")[0].removeprefix("file://"),
+        "LogPath": container_logs.path_of(item.labels.get(LOG_URI, "")),
         "Name": f"/{name_of(item)}",
         "RestartCount": state.restarts,
         "Driver": item.snapshotter,

@@ -13,6 +13,7 @@ from wherry.client.fifos import discard, lone_stdin
 from wherry.client.finding import check_free, name_of
 from wherry.client.states import State, inspect_state, label_json
 from wherry.client.tasks import Exit, Stdio
+from wherry.core import container_logs
 from wherry.core.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry.core.labels import (
     CONTAINER_NAME,
@@ -58,7 +59,7 @@ def stdio_of(container: Container) -> Stdio:
 
 def default_log(namespace: str) -> str:
     """Where a container's output goes that nobody follows; `{id}` stands for its id."""
-    return f"file:///var/log/wherry/{namespace}/{{id}}.log"
+    return container_logs.uri_of(namespace, "{id}", {})
 
 
 def keeps_stdin(container: Container) -> bool:
@@ -112,7 +113,7 @@ async def start_new(client: Client, container: Container, mounts: Sequence[Mount
     """Starts a container that has no task, in the background, and returns its pid; no task is left when this raises."""
     made = stdio or stdio_of(container)
     try:
-        pid = await client.tasks.create(container.id, mounts, made)
+        pid = await _create_task(client, container.id, mounts, made)
     except BaseException:
         discard(made)
         raise
@@ -124,6 +125,17 @@ async def start_new(client: Client, container: Container, mounts: Sequence[Mount
         discard(made)
         raise
     return pid
+
+
+async def _create_task(client: Client, container: str, mounts: Sequence[Mount], stdio: Stdio) -> int:
+    """Our logs are written by our shim; to others (containerd's) a plain file is named instead."""
+    try:
+        return await client.tasks.create(container, mounts, stdio)
+    except WherryError as error:
+        if not container_logs.folder_of(stdio.stdout) or "STDIO scheme" not in error.message:
+            raise
+    plain = container_logs.plain_of(stdio.stdout), container_logs.plain_of(stdio.stderr)
+    return await client.tasks.create(container, mounts, Stdio(stdio.stdin, *plain, stdio.terminal))
 
 
 def stop_signal(container: Container) -> str:

@@ -25,6 +25,7 @@ from wherry.client.mounting import Wish
 from wherry.client.names import random_id, random_name
 from wherry.client.security import Security
 from wherry.client.spec import SpecOptions
+from wherry.core import container_logs
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, WherryError
 from wherry.core.labels import (
     AUTO_REMOVE,
@@ -288,7 +289,7 @@ class _Kitchen:
         if recipe.stdin_open:
             labels[STDIN_OPEN] = "true"
         if recipe.log_uri:
-            labels[LOG_URI] = recipe.log_uri.replace("{id}", self._id)
+            labels[LOG_URI] = _log_of(recipe.log_uri.replace("{id}", self._id), name)
         if RESTART_POLICY in labels:
             # containerd's own monitor looks there
             labels |= {RESTART_LOG_URI: labels[LOG_URI]} if LOG_URI in labels else {}
@@ -415,3 +416,10 @@ def _share_shm(spec: dict[str, Any], path: str) -> None:
             spec["mounts"].remove(mount)
         elif place in _SHARED_SHM:
             mount |= {"type": "bind", "source": f"{root}{place}", "options": ["rbind", "nosuid", "noexec", "nodev"]}
+
+
+def _log_of(uri: str, name: str) -> str:
+    """A log of ours also notes the container's name, for who looks while no daemon runs."""
+    if not container_logs.folder_of(uri):
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}name={name}"

@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Sequence
 
 from google.protobuf import empty_pb2
 
-from wherry.core import topics
+from wherry.core import container_logs, topics
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound
 from wherry.core.failpoints import reach
 from wherry.core.filters import Adaptor, compile_filters, fields
+from wherry.core.labels import LOG_URI
 from wherry.core.names import check_identifier, quote
 from wherry.daemon.fields import apply_mask, now, settle_labels
 from wherry.daemon.metadata import Metadata
@@ -136,6 +137,8 @@ class ContainerStore:
     async def delete(self, namespace: str, id: str) -> None:  # noqa: A002
         """Raises NotFound."""
 
+        row = self._metadata.row("SELECT record FROM containers WHERE namespace = ? AND id = ?", (namespace, id))
+
         def work(connection: sqlite3.Connection) -> None:
             query = "DELETE FROM containers WHERE namespace = ? AND id = ?"
             if connection.execute(query, (namespace, id)).rowcount == 0:
@@ -143,6 +146,8 @@ class ContainerStore:
 
         await self._metadata.write(work, removes=True)
         reach("daemon.record.deleted")
+        if row is not None and (uri := pb.Container.FromString(row[0]).labels.get(LOG_URI)):
+            container_logs.remove(uri)  # a few files at most
         self._publish(namespace, topics.CONTAINER_DELETE, events_pb2.ContainerDelete(id=id))
 
 

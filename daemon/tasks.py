@@ -10,12 +10,14 @@ from dataclasses import replace
 import structlog
 from google.protobuf import any_pb2, empty_pb2
 
-from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, Unimplemented, WherryError
+from wherry.core import container_logs
+from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, WherryError
 from wherry.core.failpoints import reach
 from wherry.core.filters import compile_filters, fields
 from wherry.core.names import check_identifier
 from wherry.daemon import runtimes
 from wherry.daemon.bundle import Bundle, Launch
+from wherry.daemon.checkpoints import Checkpoints
 from wherry.daemon.config import Config
 from wherry.daemon.containers import ContainerStore
 from wherry.daemon.link import Limits, Shim
@@ -37,6 +39,8 @@ _RUNTIME_LABEL = "containerd.io/defaults/runtime"
 _GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 # seconds; a process that is started runs the runtime's whole set-up and the hooks
 _START = 120.0
+# seconds; a checkpoint writes all that the processes have in memory
+_CHECKPOINT = 600.0
 # seconds that a listing gives a shim that was mute the last time
 _MUTE = 0.2
 
@@ -55,6 +59,7 @@ class TaskService:
         namespaces: NamespaceStore,
         *,
         networks: NetworkManager,
+        checkpoints: Checkpoints,
     ) -> None:
         """`tasks` is the folder of the bundles."""
         self._config = config
@@ -64,6 +69,7 @@ class TaskService:
         self._containers = containers
         self._namespaces = namespaces
         self._networks = networks
+        self._checkpoints = checkpoints
 
     # -- the life of a task
 
@@ -71,24 +77,28 @@ class TaskService:
         """Start a shim for a container and create its task, which waits for `start`."""
         namespace = require_namespace(context)
         container = self._containers.get(namespace, check_identifier("task ID", request.container_id))
-        if request.HasField("checkpoint") and request.checkpoint.digest:
-            raise Unimplemented("starting a task from a checkpoint: not implemented")
         launch, options = await self._runtime(namespace, container, request)
         bundle = Bundle(self._folder, namespace, container.id)
         given = request.options if request.options.value else options
+        # a folder in the options comes first, as with containerd
+        images = runtimes.restored_from(given)
+        fetched = ""
+        if not images and request.checkpoint.digest:
+            images = fetched = await self._checkpoints.fetch(namespace, request.checkpoint)
         asked = shim_api.CreateTaskRequest(
             id=container.id,
             bundle=bundle.path,
             rootfs=request.rootfs,
             terminal=request.terminal,
             stdin=request.stdin,
-            stdout=request.stdout,
-            stderr=request.stderr,
+            stdout=container_logs.plain_of(request.stdout) if launch.binary else request.stdout,
+            stderr=container_logs.plain_of(request.stderr) if launch.binary else request.stderr,
             options=runtimes.options(given, launch, self._config.runtimes),
+            checkpoint=images,
         )
         spec = await self._networks.connect(container, namespace)
         try:
-            shim = await self._shims.create(bundle, spec, launch, options, asked)
+            shim = await self._shims.create(bundle, spec, launch, options, asked, keep=fetched)
         except AlreadyExists:
             raise  # the network belongs to the task that is there
         except BaseException:
@@ -230,14 +240,26 @@ class TaskService:
         return pb.MetricsResponse(metrics=[metric for metric in metrics if metric is not None])
 
     async def checkpoint(self, request: pb.CheckpointTaskRequest, context: Context) -> pb.CheckpointTaskResponse:
-        """Checkpoint a task into the folder that the options name; into the content store it isn't done yet."""
+        """Checkpoint a task: into the folder that the options name, else into the content store.
+
+        Answers the descriptors of criu's images and of the specification. What criu can't do is said in its words, and
+        the task runs on.
+        """
         shim = await self._shim(request.container_id, context)
         path = runtimes.checkpoint_path(request.options)
-        if not path:
-            raise Unimplemented("checkpoint into the content store: not implemented (name an image path)")
+        if path:
+            await self._checkpoint(shim, path, request)
+            return pb.CheckpointTaskResponse()
+        namespace = require_namespace(context)
+        container = self._containers.get(namespace, shim.bundle.id)
+        async with self._checkpoints.folder() as folder:
+            await self._checkpoint(shim, folder, request)
+            stored = await self._checkpoints.store(namespace, container, folder, context.lease)
+        return pb.CheckpointTaskResponse(descriptors=stored)
+
+    async def _checkpoint(self, shim: Shim, path: str, request: pb.CheckpointTaskRequest) -> None:
         asked = shim_api.CheckpointTaskRequest(id=shim.bundle.id, path=path, options=request.options)
-        await shim.call("Checkpoint", asked, empty_pb2.Empty, _START)
-        return pb.CheckpointTaskResponse()
+        await shim.call("Checkpoint", asked, empty_pb2.Empty, _CHECKPOINT)
 
     # -- helpers
 

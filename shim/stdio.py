@@ -1,10 +1,10 @@
 """A process's standard streams: what the client named, and what the process gets.
 
-The client names FIFOs, `file:///path` (appended to) or `binary:///path?key=value` (a logging program); nothing means
-/dev/null. The process never gets these themselves, it gets pipes or a terminal, and the shim copies. A FIFO handed in
-directly would save the copy (a splice moves pages, it costs almost nothing) but leak the host's path and inode into the
-container (`/proc/self/fd/1`, fchmod), and the client could no longer be told "that was all" while a process that was
-left behind in the container holds the stream open.
+The client names FIFOs, `file:///path` (appended to), `binary:///path?key=value` (a logging program) or
+`json-file:///folder` (our own log, `logfile.py`); nothing means /dev/null. The process never gets these themselves, it
+gets pipes or a terminal, and the shim copies. A FIFO handed in directly would save the copy (a splice moves pages, it
+costs almost nothing) but leak the host's path and inode into the container (`/proc/self/fd/1`, fchmod), and the client
+could no longer be told "that was all" while a process that was left behind in the container holds the stream open.
 
 FIFOs are opened for reading and writing: that never blocks, nobody gets SIGPIPE or EPIPE while a client is away, and
 what was written waits for the next client that opens it.
@@ -24,7 +24,10 @@ import termios
 from typing import TYPE_CHECKING, Final
 
 from wherry.core import errors
+from wherry.core.container_logs import SCHEME as JSON_FILE
+from wherry.core.container_logs import limits
 from wherry.shim.copying import Copy
+from wherry.shim.logfile import LogCopy, LogFile
 from wherry.shim.loop import DEFAULT_SIGNALS
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ class Owner:
 def split_uri(uri: str) -> tuple[str, str, str]:
     """Scheme ("fifo" for a bare path), path and query. (urllib.parse weighs more than all of this module.)"""
     scheme, found, rest = uri.partition("://")
-    if not found or not scheme.isalnum():
+    if not found or not scheme.replace("-", "").isalnum():
         return "fifo", uri, ""
     path, _, query = rest.partition("?")
     return scheme.lower(), _unquote(path), query
@@ -109,7 +112,8 @@ class ProcessIO:
         self._stdio = stdio
         self._owner = owner
         self._open: list[int] = []
-        self._copies: list[Copy] = []
+        self._copies: list[Copy | LogCopy] = []
+        self._log: LogFile | None = None
         self._outputs = 0
         self._stdin_hold = -1
         self._sinks: tuple[_Sink, _Sink] = (_NOWHERE, _NOWHERE)
@@ -156,6 +160,9 @@ class ProcessIO:
             os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
             sink = self._keep(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
             self._sinks = (_Sink(sink), _Sink(sink))
+        elif scheme == JSON_FILE:
+            options = dict(pair.partition("=")[::2] for pair in query.split("&") if pair)
+            self._log = LogFile(path, *limits(options), _unquote(options.get("name", "")))
         elif scheme == "fifo":
             self._sinks = (self._open_sink(stdio.stdout), self._open_sink(stdio.stderr))
         else:
@@ -197,16 +204,16 @@ class ProcessIO:
 
     def _child_output(self, index: int) -> int:
         sink = self._sinks[index]
-        if sink.fd < 0:
+        if sink.fd < 0 and self._log is None:
             return self._keep(os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
         if self._logger:
             return sink.fd  # the logger reads the process's own pipe
         read, write = self._pipe()
         os.set_blocking(read, False)
-        self._copy_output(read, sink)
+        self._copy_output(read, sink, "stderr" if index else "stdout")
         return write
 
-    def _copy_output(self, source: int, sink: _Sink) -> None:
+    def _copy_output(self, source: int, sink: _Sink, stream: str = "stdout") -> None:
         self._outputs += 1
 
         def finished() -> None:
@@ -214,9 +221,15 @@ class ProcessIO:
             self._sink_ended(sink)
             self._outputs -= 1
             if not self._outputs:
+                if self._log is not None:
+                    self._log.close()  # that was all: who follows it may go
                 self.drained.set(None)
 
-        self._copies.append(Copy(self._loop, source, sink.fd, finished))
+        if self._log is None:
+            self._copies.append(Copy(self._loop, source, sink.fd, finished))
+        else:
+            prompt = self.console is not None
+            self._copies.append(LogCopy(self._loop, source, self._log, stream, finished, prompt=prompt))
 
     def _sink_ended(self, sink: _Sink) -> None:
         """Let the client see the end; keep what it hasn't read yet, should it only come later."""
@@ -307,6 +320,8 @@ class ProcessIO:
         for copy in self._copies:
             copy.stop()
         self._copies.clear()
+        if self._log is not None:
+            self._log.close()
         for fd in list(self._open):
             self._close(fd)
         if self.console is not None:

@@ -131,10 +131,19 @@ class Rig:
         self.fail.unlink(missing_ok=True)
         if also:
             second.join(LIFE)
-        self.call(lambda client: client.version())  # the daemon runs, again
+        self._await_daemon()
         problems = [] if reached else ["the place was not reached"]
         problems += self._check(point, life, also=also)
         return [f"{point.title}{' and another' if also else ''}: {problem} {life}" for problem in problems]
+
+    def _await_daemon(self) -> None:
+        """It may be about to die, or be dead."""
+        deadline = time.monotonic() + LIFE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(WherryError):
+                self.call(lambda client: client.tasks.list())
+                return
+            time.sleep(0.05)
 
     def _kill_also(self, point: Point, name: str) -> None:
         deadline = time.monotonic() + LIFE

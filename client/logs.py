@@ -1,0 +1,259 @@
+"""A container's log, read from its files: no daemon is needed for that (`core/container_logs.py`, `shim/logfile.py`).
+
+Bytes come back as the container wrote them. Whether more will come is told by the lock that the writer holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from wherry.core.container_logs import CURRENT, FOLDER, NAME, SCHEME, folder_of
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
+
+__all__ = ["Entry", "find", "folder", "read"]
+
+_CHUNK = 1 << 16
+# seconds between looks at a log that is followed: just after something came, and when nothing does (a look costs 20 µs;
+# what would tell of writes needs either a signal, which is the program's, or a library)
+_LOOK = 0.002, 0.05
+_LOCK = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+
+class Entry(NamedTuple):
+    """A line, or a part of one without a newline at its end; `at` in nanoseconds since the epoch."""
+
+    at: int
+    stream: str
+    data: bytes
+
+
+def folder(uri: str) -> str:
+    """The folder of a container's log by its URI. Raises FailedPrecondition where there is none to be read."""
+    found = folder_of(uri)
+    if found:
+        return found
+    if uri:
+        raise FailedPrecondition(f"the output goes to {uri}: only logs of the driver {SCHEME} can be read here")
+    raise FailedPrecondition("the container has no log (--log-driver none, or it was made without one)")
+
+
+def find(name: str, namespace: str) -> str:
+    """The folder of a container's log by its id, the beginning of it, or its name as it was when it was started; asks
+    nobody. Raises NotFound, InvalidArgument where several begin so."""
+    top = os.path.join(FOLDER, namespace)
+    try:
+        ids = os.listdir(top)
+    except OSError:
+        ids = []
+    if name in ids:
+        return os.path.join(top, name)
+    for each in ids:
+        with contextlib.suppress(OSError), open(os.path.join(top, each, NAME)) as file:
+            if file.read() == name:
+                return os.path.join(top, each)
+    found = [each for each in ids if name and each.startswith(name)]
+    if len(found) > 1:
+        raise InvalidArgument(f"several containers' ids begin with {name!r}")
+    if not found:
+        raise NotFound(f"no log of a container {name!r} in {top}: not found")
+    return os.path.join(top, found[0])
+
+
+def read(
+    path: str, *, since: float | None = None, until: float | None = None, tail: int | None = None, follow: bool = False
+) -> Iterator[Entry]:
+    """The entries of the log in a folder, oldest first; times in seconds since the epoch, `tail` in lines.
+
+    With `follow` it goes on until the container's output has ended (or `until` has come). Raises NotFound.
+    """
+    reader = _Reader(path)
+    first = None if since is None else int(since * 1e9)
+    last = None if until is None else int(until * 1e9)
+    try:
+        entries = reader.kept() if tail is None else reader.last(tail)
+        yield from _between(entries, first, last)
+        if follow:
+            yield from _between(reader.coming(until), first, last)
+    finally:
+        reader.close()
+
+
+def _between(entries: Iterable[Entry], first: int | None, last: int | None) -> Iterator[Entry]:
+    for entry in entries:
+        if (first is None or entry.at >= first) and (last is None or entry.at <= last):
+            yield entry
+
+
+class _Reader:
+    """The files of one log, opened before they are read: what is rotated away meanwhile is still here."""
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.join(path, CURRENT)
+        self._files: list[int] = []
+        self._rest = b""
+        seen = set()
+        number = 0
+        # the newest first: a rotation meanwhile shows one of them twice, and hides none
+        while (fd := _open(f"{self._path}.{number}" if number else self._path)) >= 0:
+            status = os.fstat(fd)
+            if status.st_ino in seen:
+                os.close(fd)
+            else:
+                seen.add(status.st_ino)
+                self._files.insert(0, fd)
+            number += 1
+        if not self._files:
+            raise NotFound(f"no log in {path}: not found")
+
+    def kept(self) -> Iterator[Entry]:
+        """What is there now."""
+        for fd in self._files:
+            yield from self._read(fd)
+
+    def last(self, lines: int) -> list[Entry]:
+        """The last lines of what is there now, with their parts; the rest is left unread."""
+        found: deque[Entry] = deque()
+        count = 0
+        for fd in reversed(self._files):
+            for entry in _backwards(fd):
+                if entry.data.endswith(b"\n") or not found:
+                    count += 1
+                    if count > lines:
+                        break
+                found.appendleft(entry)
+            if count > lines:
+                break
+        for fd in self._files:
+            os.lseek(fd, 0, os.SEEK_END)
+        # the current file may end in half a record that is being written
+        self._rest = _unfinished(self._files[-1])
+        return list(found)
+
+    def coming(self, until: float | None) -> Iterator[Entry]:
+        """What comes, until nobody writes any more."""
+        pause = _LOOK[0]
+        while until is None or time.time() < until:
+            current = self._files[-1]
+            written = _is_written(current)
+            for entry in self._read(current):
+                pause = _LOOK[0]
+                yield entry
+            following = self._following(os.fstat(current).st_ino)
+            if following:
+                # nothing is written to a file any more that another one has followed
+                yield from self._read(current)
+                os.close(self._files.pop())
+                self._files += following
+                for fd in following[:-1]:
+                    self._rest = b""
+                    yield from self._read(fd)
+                self._rest = b""
+            elif not written:
+                return
+            else:
+                time.sleep(pause)
+                pause = min(pause * 1.5, _LOOK[1])
+
+    def _following(self, inode: int) -> list[int]:
+        """The files that came after one, oldest first."""
+        found: list[int] = []
+        number = 0
+        while (fd := _open(f"{self._path}.{number}" if number else self._path)) >= 0:
+            if os.fstat(fd).st_ino == inode:
+                os.close(fd)
+                break
+            found.insert(0, fd)
+            number += 1
+        return found
+
+    def _read(self, fd: int) -> Iterator[Entry]:
+        while data := os.read(fd, _CHUNK):
+            lines = (self._rest + data).split(b"\n")
+            self._rest = lines.pop()
+            for line in lines:
+                entry = _parse(line)
+                if entry is not None:
+                    yield entry
+
+    def close(self) -> None:
+        """Free the files."""
+        for fd in self._files:
+            os.close(fd)
+        self._files = []
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+
+
+def _is_written(fd: int) -> bool:
+    """Whether a shim holds the lock."""
+    try:
+        kind = struct.unpack_from("@h", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _LOCK))[0]
+    except OSError:
+        return False
+    return bool(kind != fcntl.F_UNLCK)
+
+
+def _parse(line: bytes) -> Entry | None:
+    """An entry of a record; None for what is none (half of one, after a disk was full)."""
+    try:
+        value = json.loads(line)
+        return Entry(_nanoseconds(value["time"]), value["stream"], value["log"].encode("utf-8", "surrogateescape"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+_days: dict[str, int] = {}
+
+
+def _nanoseconds(text: str) -> int:
+    """RFC 3339 in UTC with up to nine digits of a fraction."""
+    day = text[:10]
+    start = _days.get(day)
+    if start is None:
+        import calendar
+
+        _days.clear()
+        start = _days[day] = calendar.timegm((int(day[:4]), int(day[5:7]), int(day[8:10]), 0, 0, 0))
+    seconds = start + int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19])
+    return seconds * 10**9 + int(text[19:].strip(".Z").ljust(9, "0") or 0)
+
+
+def _backwards(fd: int) -> Iterator[Entry]:
+    """The entries of a file, the last one first."""
+    at = os.fstat(fd).st_size
+    rest = b""
+    first = True
+    while at > 0:
+        length = min(_CHUNK, at)
+        at -= length
+        lines = (os.pread(fd, length, at) + rest).split(b"\n")
+        rest = lines.pop(0)
+        if first and lines:
+            lines.pop()  # empty, or half a record
+        first = False
+        for line in reversed(lines):
+            entry = _parse(line)
+            if entry is not None:
+                yield entry
+    entry = _parse(rest) if rest else None
+    if entry is not None:
+        yield entry
+
+
+def _unfinished(fd: int) -> bytes:
+    size = os.lseek(fd, 0, os.SEEK_CUR)
+    length = min(_CHUNK, size)
+    return os.pread(fd, length, size - length).rpartition(b"\n")[2]
