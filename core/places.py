@@ -44,6 +44,14 @@ def config_folder() -> str:
     return os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
 
 
+def log_folder() -> str:
+    """What containers write, where it is kept for them."""
+    if not is_users():
+        return "/var/log/wherry"
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(base, "wherry", "log")
+
+
 def root(name: str = "wherry") -> str:
     """A daemon's `--root`."""
     return os.path.join(data_folder(), name)

@@ -284,7 +284,12 @@ def update(root: str, id: str, resources: dict[str, Any]) -> None:  # noqa: A002
 
 
 def pids(root: str, id: str) -> list[int]:  # noqa: A002
-    """All processes in the container's cgroup, as pids of the caller's namespace."""
+    """All processes in the container, by its cgroup (without one, by its pid namespace), as the caller numbers them."""
+    from wherry.runtime import members, state
+
+    found = state.load(root, id)
+    if not found.cgroup_paths:
+        return members.pids(found)
     pids_: list[int] = cgroup(root, id).pids()
     return pids_
 

@@ -10,6 +10,7 @@ import stat
 
 from wherry.linux import capabilities
 from wherry.linux import syscalls as sc
+from wherry.linux.cgroups.layout import host
 from wherry.runtime.errors import NOT_FOUND, ContainerError
 
 TYPE_CHECKING = False
@@ -72,7 +73,8 @@ def set_user(user: dict[str, Any]) -> None:
     try:
         os.setgroups(gids)
     except PermissionError:
-        if gids:
+        # where the whole engine lives in a user namespace with one id, no other group could be in force anyway
+        if gids and not host().user_namespace:
             raise ContainerError("unable to set additional groups: setgroups is denied here") from None
     try:
         os.setresgid(gid, gid, gid)

@@ -10,7 +10,7 @@ from wherry.core.errors import WherryError
 from wherry.core.failpoints import reach
 from wherry.linux import cgroups
 from wherry.linux import syscalls as sc
-from wherry.runtime import hooks, state
+from wherry.runtime import hooks, members, state
 from wherry.runtime.errors import NOT_FOUND, PRECONDITION, ContainerError
 
 TYPE_CHECKING = False
@@ -157,6 +157,9 @@ def kill(root: str, container_id: str, signal: int, *, everybody: bool = False) 
     alive = found.alive()
     if everybody or (signal == _SIGKILL and not _has_own_pids(found)):
         # Without a pid namespace of its own the container outlives its init; all of it is meant.
+        if not found.cgroup_paths:
+            members.signal(found, signal)
+            return
         try:
             _cgroup(found).kill(signal)
         except (OSError, WherryError) as error:

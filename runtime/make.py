@@ -10,6 +10,7 @@ import os
 from wherry.core.failpoints import reach
 from wherry.linux import process
 from wherry.linux import syscalls as sc
+from wherry.linux.cgroups.layout import host
 from wherry.linux.namespaces import path_of
 from wherry.runtime import channel as channels
 from wherry.runtime import hooks, kernel
@@ -56,9 +57,18 @@ def spawn(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channe
     finally:
         theirs.close()
         for fd, kind in restore:
-            sc.setns(fd, kind)
+            _go_back(fd, kind)
             os.close(fd)
     return pid, ours
+
+
+def _go_back(fd: int, kind: int) -> None:
+    try:
+        sc.setns(fd, kind)
+    except PermissionError:
+        # in a user namespace there is no way back up; such a process has no further children
+        if not host().user_namespace:
+            raise
 
 
 def _choose_pid_namespace(plan: Plan, restore: list[tuple[int, int]]) -> int:

@@ -19,6 +19,7 @@ import stat
 
 from wherry.linux import mounts as m
 from wherry.linux import syscalls as sc
+from wherry.linux.cgroups.layout import host
 from wherry.runtime import devices
 from wherry.runtime.errors import ContainerError
 from wherry.runtime.root import Root, attach, clone_tree, is_missing
@@ -130,7 +131,12 @@ class Rootfs:
         target = self.root.make_directory(destination)
         try:
             self.root.mount(fstype, source or fstype, target, options.flags, options.data)
-        except OSError:
+        except OSError as error:
+            if fstype == "devpts" and error.errno == errno.EINVAL and host().user_namespace:
+                # the group of terminals (gid=5) is a group that a namespace with a single id hasn't got
+                data = ",".join(item for item in options.data.split(",") if not item.startswith("gid="))
+                self.root.mount(fstype, source or fstype, target, options.flags, data)
+                return
             if fstype != "sysfs" or not self.in_user_namespace:
                 raise
             # without a network namespace of its own a user namespace may not mount sysfs, but it may bind the host's

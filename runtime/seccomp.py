@@ -18,6 +18,8 @@ import json
 import os
 import struct
 
+from wherry.core import places
+
 TYPE_CHECKING = False  # without typing's import; type checkers know the name
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,7 +128,7 @@ def _prctl(fprog: bytes) -> bool:
 
 def default_cache() -> str:
     """Where programs are kept: beside the other volatile state, where only this user writes; "" for nowhere."""
-    if os.geteuid() == 0:
+    if not places.is_users():
         return "/run/wherry/seccomp"
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     return f"{runtime}/wherry/seccomp" if runtime.startswith("/") else ""
