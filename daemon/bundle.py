@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -26,6 +27,7 @@ from wherry.linux.mounts import unmount_all
 from wherry.shim.client import Bootstrap
 
 _HIDDEN = "."
+_CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,24 @@ class Bundle:
                 found.append(NotedExit(exec_id, *numbers))
         return found
 
+    def keep(self, checkpoint: str) -> None:
+        """Own a folder that the task is restored from: it goes with the bundle."""
+        os.symlink(checkpoint, os.path.join(self.path, _CHECKPOINT))
+
+    def checkpoint(self) -> str:
+        """The folder that `keep` was given, "" for none."""
+        try:
+            return os.readlink(os.path.join(self.path, _CHECKPOINT))
+        except OSError:
+            return ""
+
     def delete(self) -> None:
         """Unmount and remove it; one that isn't there is fine. Raises OSError for a mount that can't be detached."""
         unmount_all(os.path.join(self.path, "rootfs"))
         for name in _listed(os.path.join(self.path, "ns")):  # a sandbox's namespaces
             unmount_all(os.path.join(self.path, "ns", name))
+        if kept := self.checkpoint():
+            shutil.rmtree(kept, ignore_errors=True)
         hidden = os.path.join(os.path.dirname(self.path), _HIDDEN + self.id)
         if os.path.lexists(hidden):
             _remove(hidden)

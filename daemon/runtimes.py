@@ -113,6 +113,13 @@ def checkpoint_path(given: AnyMessage) -> str:
     return ""
 
 
+def restored_from(given: AnyMessage) -> str:
+    """The folder of criu's images that the runtime's options name for a task that is made from them, "" for none."""
+    if is_a(given, runc_options_pb2.Options):
+        return unpack_as(given, runc_options_pb2.Options).criu_image_path
+    return ""
+
+
 def _binary(name: str, what: str) -> str:
     """The absolute path of a shim's binary."""
     if os.path.isabs(name):

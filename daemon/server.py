@@ -14,7 +14,9 @@ import structlog
 
 from wherry.core import platforms
 from wherry.core.errors import FailedPrecondition, NotFound
-from wherry.daemon import logs, metrics
+from wherry.daemon import boot, logs, metrics
+from wherry.daemon.bundle import find
+from wherry.daemon.checkpoints import Checkpoints
 from wherry.daemon.config import Config
 from wherry.daemon.containers import ContainerService, ContainerStore
 from wherry.daemon.content import ContentStore
@@ -114,8 +116,9 @@ class Daemon:
 
     def _make_folders(self) -> None:
         config = self._config
-        for folder in (config.root, config.state, *(self._state(name) for name in ("tasks", "s", "runtime"))):
+        for folder in (config.root, config.state, *(self._state(name) for name in boot.STALE)):
             os.makedirs(folder, mode=0o711, exist_ok=True)
+        boot.clean(config.state)
 
     async def _build_stores(self) -> None:
         """Metadata, content, snapshots and what is kept in the database."""
@@ -210,8 +213,16 @@ class Daemon:
             shims.load()
             networks.start(Peers(shims, self._containers))
         self._add("networks", NetworkService(networks, self._containers, self._namespaces))
+        checkpoints = Checkpoints(self._root("checkpoints"), self._content)
+        checkpoints.sweep(list(find(places.tasks)))
         self._task_service = TaskService(
-            config, places.tasks, shims, self._containers, self._namespaces, networks=networks
+            config,
+            places.tasks,
+            shims,
+            self._containers,
+            self._namespaces,
+            networks=networks,
+            checkpoints=checkpoints,
         )
         self._add("tasks", self._task_service)
         self._build_everyday(self._task_service, shims)

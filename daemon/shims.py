@@ -106,9 +106,18 @@ class Shims:
     # -- create
 
     async def create(
-        self, bundle: Bundle, spec: bytes, launch: Launch, options: any_pb2.Any, request: task.CreateTaskRequest
+        self,
+        bundle: Bundle,
+        spec: bytes,
+        launch: Launch,
+        options: any_pb2.Any,
+        request: task.CreateTaskRequest,
+        *,
+        keep: str = "",
     ) -> Shim:
         """Make the bundle, start a shim, create the task in it; all of it or nothing is left.
+
+        `keep` is a folder that the bundle owns from then on.
 
         `options` go to a stranger's `start` action, `request` to the shim's Create. A task of a sandbox comes into the
         sandbox's shim. A caller that goes away in the middle leaves nothing either: it was never told that there is a
@@ -117,6 +126,8 @@ class Shims:
         """
 
         async def make(shim: Shim) -> int:
+            if keep:
+                bundle.keep(keep)
             try:
                 return (await shim.call("Create", request, task.CreateTaskResponse, _CREATE)).pid
             except WherryError as error:

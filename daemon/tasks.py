@@ -258,7 +258,9 @@ class TaskService:
         return pb.CheckpointTaskResponse(descriptors=stored)
 
     async def _checkpoint(self, shim: Shim, path: str, request: pb.CheckpointTaskRequest) -> None:
-        asked = shim_api.CheckpointTaskRequest(id=shim.bundle.id, path=path, options=request.options)
+        # no options are none: an Any without a type is refused by containerd's shim
+        options = request.options if request.options.type_url else None
+        asked = shim_api.CheckpointTaskRequest(id=shim.bundle.id, path=path, options=options)
         await shim.call("Checkpoint", asked, empty_pb2.Empty, _CHECKPOINT)
 
     # -- helpers

@@ -27,7 +27,7 @@ from wherry.shim.oci_runtime import (
     unmount_rootfs,
 )
 from wherry.shim.process import Process, Shim
-from wherry.shim.state_files import RuntimeSettings, exit_path, write_settings
+from wherry.shim.state_files import RuntimeSettings, exit_path, write_file, write_settings
 from wherry.shim.states import Operation, State
 from wherry.shim.stdio import Owner, Stdio
 
@@ -332,7 +332,21 @@ class Container:
                 file_locks=options.file_locks,
                 empty_namespaces=tuple(options.empty_namespaces),
             )
-            await self.runtime.checkpoint(self.id, to)
+            os.makedirs(to.work, 0o711, exist_ok=True)
+            try:
+                await self.runtime.checkpoint(self.id, to)
+            except errors.WherryError as error:
+                raise errors.from_code(error.code, f"{error.message}{self._keep_criu_log(to.work)}") from error
+
+    def _keep_criu_log(self, work: str) -> str:
+        """Put criu's log into the bundle, where containerd's shim has it; the words that say so."""
+        kept = f"{self.bundle}/criu-dump.log"
+        try:
+            with open(f"{work}/dump.log", "rb") as source:
+                write_file(kept, source.read())
+        except OSError:
+            return ""
+        return f" path= {kept}"
 
     # -- delete ----------------------------------------------------------------------------------------------------
 

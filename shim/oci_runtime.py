@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from wherry.core import errors
 from wherry.core.failpoints import reach
 from wherry.linux import mounts
+from wherry.linux.namespaces import FLAGS
 from wherry.runtime import container as bundled
+from wherry.runtime.checkpoint import Options as CriuOptions
 from wherry.runtime.errors import ContainerError
 from wherry.shim.log import log
 
@@ -146,6 +148,18 @@ class Bundled:
 
     def _create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> tuple[int, bool, bool]:
         """In the child: what the shim doesn't do itself leaves its memory shared."""
+        spec, request = self._request(container, io, rootfs)
+        try:
+            pid = bundled.create(request)
+        except BaseException:
+            unmount_rootfs(self._settings.bundle)
+            raise
+        return pid, shares_pids(spec), bool(spec.get("hooks"))
+
+    def _request(
+        self, container: str, io: ProcessIO, rootfs: Sequence[Mount]
+    ) -> tuple[dict[str, Any], bundled.CreateRequest]:
+        """The specification and what the runtime is asked; the root is mounted."""
         settings = self._settings
         spec = read_spec(settings.bundle)
         mount_rootfs(settings.bundle, rootfs)
@@ -162,12 +176,7 @@ class Bundled:
             no_new_keyring=settings.no_new_keyring,
             systemd_cgroup=settings.systemd_cgroup,
         )
-        try:
-            pid = bundled.create(request)
-        except BaseException:
-            unmount_rootfs(settings.bundle)
-            raise
-        return pid, shares_pids(spec), bool(spec.get("hooks"))
+        return spec, request
 
     async def _undo_create(self, container: str) -> None:
         """The runtime was killed (for lack of memory, perhaps) and couldn't take back what it had done."""
@@ -257,10 +266,26 @@ class Bundled:
             raise _KINDS.get(error.kind, errors.WherryError)(error.message) from error
 
     async def checkpoint(self, container: str, to: Checkpoint) -> None:
-        raise errors.Unimplemented("the bundled runtime can't checkpoint: use runc or crun with criu: not implemented")
+        await self._forked("", bundled.checkpoint, self._settings.root, container, _criu_options(to))
 
     async def restore(self, container: str, source: Checkpoint, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
-        raise errors.Unimplemented("the bundled runtime can't restore: use runc or crun with criu: not implemented")
+        created = Created(
+            *await self._forked("OCI runtime restore failed", self._restore, container, source, io, rootfs)
+        )
+        self._hooks = created.hooks
+        return created
+
+    def _restore(
+        self, container: str, source: Checkpoint, io: ProcessIO, rootfs: Sequence[Mount]
+    ) -> tuple[int, bool, bool]:
+        """In the child, as `_create`."""
+        spec, request = self._request(container, io, rootfs)
+        try:
+            pid = bundled.restore(request, _criu_options(source))
+        except BaseException:
+            unmount_rootfs(self._settings.bundle)
+            raise
+        return pid, shares_pids(spec), bool(spec.get("hooks"))
 
     async def _forked(self, failed: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         try:
@@ -285,6 +310,20 @@ def end_child(pid_file: str) -> None:
         return
     if parent == os.getpid():
         os.kill(pid, signal.SIGKILL)
+
+
+def _criu_options(of: Checkpoint) -> CriuOptions:
+    options = CriuOptions(of.image)
+    options.work_path = of.work
+    options.parent_path = of.parent
+    options.leave_running = of.leave_running
+    options.tcp_established = of.open_tcp
+    options.ext_unix_sk = of.unix_sockets
+    options.shell_job = of.terminal
+    options.file_locks = of.file_locks
+    for namespace in of.empty_namespaces:
+        options.empty_ns |= FLAGS.get(namespace, 0)
+    return options
 
 
 def read_spec(bundle: str) -> dict[str, Any]:
@@ -329,8 +368,9 @@ def unmount_rootfs(bundle: str) -> None:
 def told_as(failed: str, error: ContainerError | OSError) -> errors.WherryError:
     """The runtime's error as one of the task API, with what failed before it."""
     if isinstance(error, ContainerError):
-        return _KINDS.get(error.kind, errors.WherryError)(f"{failed}: {error.message}")
-    return errors.WherryError(f"{failed}: {error}")
+        kind = _KINDS.get(error.kind, errors.WherryError)
+        return kind(f"{failed}: {error.message}" if failed else error.message)
+    return errors.WherryError(f"{failed}: {error}" if failed else str(error))
 
 
 async def in_child(
