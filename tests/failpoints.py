@@ -82,3 +82,5 @@ POINTS: Final = [
     *_points("shim", KEPT, "runtime.delete.cgroup", "runtime.delete.removed"),
     *_points("runtime", KEPT, "runtime.delete.cgroup", "runtime.delete.removed", hooks=True),
 ]
+# places whose names begin so are another part's, whose own tests go there
+ELSEWHERE: Final = ("network.",)

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from tests.failpoints import EITHER, GONE, KEPT, LOST, Point
+from tests.failpoints import EITHER, GONE, KEPT, LOST, POINTS, Point
 from tests.wherryd import BUSYBOX, Wherryd
 from wherry.client.address import connect_blocking
 from wherry.client.api import Client
@@ -322,3 +323,29 @@ class Rig:
         if [row[0] for row in rows] != [STAYS]:
             problems.append(f"the snapshots are {rows}")
         return problems
+
+
+def main() -> None:
+    """All places, alone and with a second process, so many rounds; a table at the end."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    bad: list[str] = []
+    runs: dict[str, int] = {}
+    began = time.monotonic()
+    for _ in range(rounds):
+        with Rig() as rig:
+            for point in POINTS:
+                for also in (False, True):
+                    problems = rig.run(point, also=also)
+                    runs[point.dies] = runs.get(point.dies, 0) + 1
+                    bad += problems
+                    print("".join(f"{problem}\n" for problem in problems), end="", flush=True)
+    print(
+        f"{len({point.name for point in POINTS})} places, {len(POINTS)} ways to come there, {sum(runs.values())} runs"
+    )
+    print(", ".join(f"{dies}: {count}" for dies, count in runs.items()))
+    print(f"{len(bad)} wrong, {time.monotonic() - began:.0f} s")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
