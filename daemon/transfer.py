@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -17,8 +18,8 @@ from google.protobuf.message import Message
 
 from wherry.core import mediatypes, reference, typeurl
 from wherry.core.descriptor import Descriptor
-from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
-from wherry.core.labels import GC_EXPIRE
+from wherry.core.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable, Unimplemented
+from wherry.core.labels import GC_EXPIRE, MAX_LABEL
 from wherry.core.platforms import host
 from wherry.daemon.config import Limits
 from wherry.daemon.config import Transfer as Options
@@ -40,8 +41,10 @@ from wherry.proto import wherry_registry_pb2 as registry_pb2
 from wherry.proto.service import Context
 from wherry.snapshotter.applier import Applier
 
-# hours that a transfer's lease stays when the daemon dies in it
+# hours that a transfer's lease stays when the daemon dies in it, or a pull is interrupted
 LEASE_HOURS = 24
+# on the lease of a pull: what is pulled
+PULLED = "wherry/pulled"
 
 T = TypeVar("T", bound=Message)
 Handler = Callable[["_Call", Message, Message], Awaitable[None]]
@@ -83,6 +86,8 @@ class TransferService:
         self._default_snapshotter = default_snapshotter
         self._applier = applier
         self._limits = limits or Limits()
+        # leases of transfers that are under way
+        self._active: set[str] = set()
         self._turns = Turns()
         self.registries = Registries(streams, self._options, self._limits)
         self._unpacker = Unpacker(content, snapshots, applier, self._turns)
@@ -110,7 +115,7 @@ class TransferService:
             if handler is None:
                 names = f"{source.DESCRIPTOR.full_name} to {destination.DESCRIPTOR.full_name}"
                 raise Unimplemented(f"transfer from {names} is not supported: not implemented")
-            async with self._lease(namespace, context.lease) as lease, progress.ticking():
+            async with self._lease(namespace, context.lease, source) as lease, progress.ticking():
                 await handler(_Call(namespace, lease, progress), source, destination)
         finally:
             # also after an error: the client waits for the end of it
@@ -119,19 +124,41 @@ class TransferService:
         return Empty()
 
     @contextlib.asynccontextmanager
-    async def _lease(self, namespace: str, lease: str | None) -> AsyncIterator[str]:
-        """The caller's lease, or one for the time of the transfer."""
+    async def _lease(self, namespace: str, lease: str | None, source: Message) -> AsyncIterator[str]:
+        """The caller's lease, or one for the time of the transfer.
+
+        That of a pull which was interrupted stays, with what came, until its time is over or the same is pulled again.
+        """
         if lease:
             yield lease
             return
+        pulled = source.reference if isinstance(source, types.OCIRegistry) else ""
         expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=LEASE_HOURS)
         labels = {GC_EXPIRE: expires.strftime("%Y-%m-%dT%H:%M:%SZ")}
+        if 0 < len(pulled) < MAX_LABEL - len(PULLED):
+            labels[PULLED] = pulled
         made = await self._leases.create(namespace, labels=labels)
+        self._active.add(made.id)
+        keep = False
         try:
             yield made.id
+            if PULLED in labels:
+                await self._forget_interrupted(namespace, pulled)
+        except (asyncio.CancelledError, Unavailable, DeadlineExceeded):
+            keep = PULLED in labels and bool(await asyncio.shield(self._leases.list_resources(namespace, made.id)))
+            raise
         finally:
-            with contextlib.suppress(NotFound):
-                await asyncio.shield(self._leases.delete(namespace, made.id))
+            self._active.discard(made.id)
+            if not keep:
+                with contextlib.suppress(NotFound):
+                    await asyncio.shield(self._leases.delete(namespace, made.id))
+
+    async def _forget_interrupted(self, namespace: str, pulled: str) -> None:
+        """The leases of earlier pulls of the same that were interrupted; also of a daemon that was killed meanwhile."""
+        for old in await self._leases.list(namespace, [f'labels."{PULLED}"=={json.dumps(pulled)}']):
+            if old.id not in self._active:
+                with contextlib.suppress(NotFound):
+                    await self._leases.delete(namespace, old.id)
 
     # -- registry and image store
 

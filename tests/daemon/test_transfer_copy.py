@@ -267,6 +267,7 @@ async def test_whoever_waited_takes_over(rig: Rig, serve: Serve) -> None:
     await asyncio.wait_for(second, 20)
     await asyncio.gather(first, return_exceptions=True)
     assert [image.name for image in await rig.stores.images.list(NS)] == ["second"]
+    assert await rig.stores.leases.list(NS) == []
 
 
 async def test_a_mirror_that_gives_something_else(
