@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from wherry.client.embedded import Embedded
 
 
+# seconds after which a daemon that was started for a user leaves when nobody calls any more
+IDLE = "60"
+
+
 class NoDaemon(Unavailable):
     """Nobody answers at the address; its text says how to start somebody."""
 
@@ -52,8 +56,8 @@ class Session:
             raise
         except Unavailable as error:
             if places.is_users() and not self.embedded and self.address == places.address():
-                # an ordinary user has no service manager that would start one, and expects none to be needed
-                self.embedded = True
+                # nobody starts a daemon for an ordinary user, who expects none to be needed: it comes and goes
+                self._users_daemon()
                 return self.another()
             raise NoDaemon(
                 f"no daemon answers at {self.address} ({_reason(error.message)}).\n"
@@ -69,6 +73,12 @@ class Session:
         daemon = Embedded(root=self.root, state=self.state)
         daemon.start()
         return daemon
+
+    def _users_daemon(self) -> None:
+        from wherry.client.embedded import Embedded
+
+        args = ["--exit-idle", IDLE]
+        Embedded(root=places.root(), state=places.state(), address=self.address, args=args, stays=True).start()
 
     async def close(self) -> None:
         """Ends the connection, and the daemon that was started for this command."""

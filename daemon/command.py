@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--state", metavar="FOLDER", help=f"what runs: tasks, sockets ({configuration.DEFAULT_STATE})")
     levels = ", ".join(configuration.LEVELS)
     parser.add_argument("--log-level", "-l", metavar="LEVEL", choices=configuration.LEVELS, help=f"one of {levels}")
+    parser.add_argument(
+        "--exit-idle", metavar="SECONDS", type=float, default=0.0,
+        help="leave when nobody has called for so long; containers go on (0: never)",
+    )  # fmt: skip
     version = f"wherryd {PACKAGE} {VERSION} {REVISION}".rstrip()
     parser.add_argument("--version", "-v", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -162,7 +166,7 @@ def _serve(options: argparse.Namespace) -> int:
         from wherry.daemon.run import run
         from wherry.linux.rootless import leave
 
-        code = run(config, sockets)
+        code = run(config, sockets, options.exit_idle)
         leave(config.state)
         return code
 

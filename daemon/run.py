@@ -19,32 +19,40 @@ from wherry.core.errors import WherryError
 from wherry.daemon import config as configuration
 from wherry.daemon import logs
 from wherry.daemon.config import Config
+from wherry.daemon.idle import IdleWatch
 from wherry.daemon.version import VERSION
 from wherry.shim.client import ForkServer
 
 log = structlog.get_logger(__name__)
 
 
-def run(config: Config, listeners: Mapping[str, socket.socket]) -> int:
-    """Serve until a signal; the exit code. `listeners`: sockets handed over by the service manager, by path."""
+def run(config: Config, listeners: Mapping[str, socket.socket], exit_idle: float = 0.0) -> int:
+    """Serve until a signal; the exit code. `listeners`: sockets handed over by the service manager, by path.
+
+    `exit_idle`: leave after so many seconds without a call, 0: never.
+    """
     forbid_fork()
     log.info("starting wherryd", version=VERSION, pid=os.getpid(), root=config.root, state=config.state)
     for warning in config.warnings:
         log.warning("configuration", warning=warning)
-    return asyncio.run(_run(config, listeners))
+    return asyncio.run(_run(config, listeners, exit_idle))
 
 
-async def _run(config: Config, listeners: Mapping[str, socket.socket]) -> int:
+async def _run(config: Config, listeners: Mapping[str, socket.socket], exit_idle: float) -> int:
     stop = asyncio.Event()
     _handle_signals(config, stop)
     # its interpreter loads on one processor while ours loads gRPC on the other
     forks = await ForkServer.start(_log_forks)
     from wherry.daemon.server import Daemon  # noqa: PLC0415
 
-    daemon = Daemon(config, listeners, forks, publish_binary())
+    watch = IdleWatch(exit_idle) if exit_idle else None
+    daemon = Daemon(config, listeners, forks, publish_binary(), [watch] if watch else [])
     try:
         await daemon.start()
+        leaving = asyncio.create_task(_leave(watch, stop)) if watch else None
         await stop.wait()
+        if leaving is not None:
+            leaving.cancel()
         log.info("stopping", containers="go on")
         return 0
     except (WherryError, OSError) as error:
@@ -53,6 +61,12 @@ async def _run(config: Config, listeners: Mapping[str, socket.socket]) -> int:
         return 1
     finally:
         await daemon.stop()
+
+
+async def _leave(watch: IdleWatch, stop: asyncio.Event) -> None:
+    await watch.wait()
+    log.info("nobody has called for a while")
+    stop.set()
 
 
 def _log_forks(event: str, fields: Mapping[str, object]) -> None:

@@ -8,7 +8,7 @@ import gc as memory
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 import structlog
 
@@ -74,16 +74,24 @@ class Daemon:
     """One wherryd. The caller holds the locks on root, state and address."""
 
     def __init__(
-        self, config: Config, listeners: Mapping[str, socket.socket], forks: ForkServer, publish_binary: str
+        self,
+        config: Config,
+        listeners: Mapping[str, socket.socket],
+        forks: ForkServer,
+        publish_binary: str,
+        observers: Iterable[Observer] = (),
     ) -> None:
-        """`listeners` are the sockets that the service manager handed over, by path; `forks` is closed by `stop`."""
+        """`listeners` are the sockets that the service manager handed over, by path; `forks` is closed by `stop`.
+
+        `observers` watch all calls, besides those that the configuration asks for.
+        """
         self._config = config
         self._forks = forks
         self._listeners = dict(listeners)
         self._publish_binary = publish_binary
         self._plugins = Plugins(config.disabled_plugins, config.required_plugins)
         self._services: list[object] = []
-        self._observers: list[Observer] = []
+        self._observers: list[Observer] = list(observers)
         self._cleanup = contextlib.AsyncExitStack()
         self._observe()
 

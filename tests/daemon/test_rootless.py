@@ -136,6 +136,24 @@ def test_containers_outlive_the_daemon_and_the_namespaces_go_with_the_last(barro
     assert not (barrow.run / "wherry-embedded/rootless").exists()
 
 
+def test_nothing_configured(barrow: User) -> None:
+    """Two commands at once: one of them starts the daemon, which both use, and the next ones as well."""
+    barrow.address = str(barrow.run / "wherry/wherryd.sock")
+    words = ["setpriv", f"--reuid={barrow.uid}", f"--regid={barrow.uid}", "--init-groups", "wherry", "version"]
+    both = [
+        subprocess.Popen(words, env=barrow.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for one in both:
+        out, err = one.communicate(timeout=100)
+        assert one.returncode == 0, err
+        assert "Server:" in out
+    barrow("images", "import", barrow.archive)
+    assert barrow("run", "--rm", "--net", "none", busybox.NAME, "echo", "hi").stdout == "hi\n"
+    daemons = [pid for pid in barrow.processes() if b"--exit-idle" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(daemons) == 1
+
+
 def test_a_limit_that_can_not_be_had_is_refused(barrow: User) -> None:
     if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
         pytest.skip("cgroups may be delegated here")
