@@ -208,6 +208,7 @@ def recipe(args: argparse.Namespace, **more: Any) -> Recipe:
         labels={item.partition("=")[0]: item.partition("=")[2] for item in labels},
         annotations=limits.pairs(args.annotation, "annotation"),
         mounts=wishes(args),
+        mounts_from=args.volumes_from,
         limits=limits_of(args),
         ulimits=args.ulimit,
         oom_score_adj=args.oom_score_adj,

@@ -160,12 +160,12 @@ async def export(session: Session, args: argparse.Namespace) -> None:
     container = await find(session.client, args.container)
     place = await copies.place_of(session.client, container)
     if args.output:
-        with copies.packed(place, "/") as archive, open(args.output, "wb") as file:
+        with copies.packed(place, "/", one_filesystem=True) as archive, open(args.output, "wb") as file:
             _pump(archive, file)
         return
     if is_terminal(1):
         raise InvalidArgument("an archive isn't for a terminal: name a file with -o, or send it on")
-    with copies.packed(place, "/") as archive:
+    with copies.packed(place, "/", one_filesystem=True) as archive:
         _pump(archive, sys.stdout.buffer)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 # google.protobuf imports its implementation in Python beside the one in C, which is the one that works; dataclasses
 # needs `inspect` only for classes without a docstring; its times need `calendar` only as text; `hashlib` brings
-# OpenSSL, for who hashes
-DEFERRED = ("google.protobuf.internal.python_message", "calendar", "inspect", "hashlib")
+# OpenSSL, for who hashes; `selectors` serves socket's sendfile
+DEFERRED = ("google.protobuf.internal.python_message", "calendar", "inspect", "hashlib", "selectors")
 
 
 class _Deferred(ModuleType):
@@ -40,6 +40,15 @@ def prepare() -> None:
     for name in DEFERRED:
         if name not in sys.modules:
             sys.modules[name] = _Deferred(name)
+    if "gettext" not in sys.modules:
+        sys.modules["gettext"] = _untranslated()
+
+
+def _untranslated() -> ModuleType:
+    """In place of `gettext`, which looks for argparse's few words in catalogues that no system has."""
+    module = ModuleType("gettext")
+    vars(module).update(gettext=lambda text: text, ngettext=lambda one, many, count: one if count == 1 else many)
+    return module
 
 
 def settle() -> None:

@@ -69,19 +69,29 @@ def _index(value: Any, *keys: Any) -> Any:
     return value
 
 
+_VERB = re.compile(r"%(-?\d*(?:\.\d+)?)([a-z%])")
+
+
 def _printf(text: str, *values: Any) -> str:
-    """Go's verbs that Python writes otherwise."""
-    plain = re.sub(r"%(-?\d*(?:\.\d+)?)v", r"%\1s", text).replace("%t", "%s")
-    quoted = re.sub(r"%q", "%s", plain)
-    shown = [
-        value if isinstance(value, (int, float)) and not isinstance(value, bool) else as_go(value) for value in values
-    ]
-    if "%q" in text:
-        shown = [json.dumps(value) if isinstance(value, str) else value for value in shown]
-    try:
-        return quoted % tuple(shown)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"template: printf {text!r}: {error}") from error
+    """Go's verbs %s %v %d %q %t %f %x."""
+    left = list(values)
+
+    def one(match: re.Match[str]) -> str:
+        if match[2] == "%":
+            return "%"
+        if not left:
+            raise InvalidArgument(f"template: printf {text!r} has more verbs than values")
+        value = left.pop(0)
+        if match[2] in {"s", "v", "t"}:
+            return f"%{match[1]}s" % as_go(value)
+        if match[2] == "q":
+            return json.dumps(as_go(value), ensure_ascii=False)
+        try:
+            return f"%{match[1]}{match[2]}" % value
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"template: printf {text!r}: {error}") from error
+
+    return _VERB.sub(one, text)
 
 
 def _compare(test: Callable[[Any, Any], bool]) -> Callable[..., bool]:

@@ -87,9 +87,12 @@ def stat_path(place: Place, path: str, *, follow: bool = False) -> Entry:
 
 
 @contextmanager
-def packed(place: Place, path: str, *, follow: bool = False) -> Iterator[IO[bytes]]:
-    """A tar archive of a path, to be read in the block. Raises NotFound (at its end)."""
-    command = _command(place.job("pack", path, follow=follow))
+def packed(place: Place, path: str, *, follow: bool = False, one_filesystem: bool = False) -> Iterator[IO[bytes]]:
+    """A tar archive of a path, to be read in the block. Raises NotFound (at its end).
+
+    With `one_filesystem` nothing is in it of what is mounted below the path.
+    """
+    command = _command(place.job("pack", path, follow=follow, one_filesystem=one_filesystem))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         if process.stdout is None or process.stderr is None:
             raise WherryError("the worker that reads files has no output")

@@ -85,15 +85,33 @@ def _describe(path: str, *, follow: bool) -> dict[str, Any]:
     }
 
 
-def _pack(path: str, out: BinaryIO) -> None:
+def _pack(path: str, out: BinaryIO, *, one_filesystem: bool) -> None:
     name = posixpath.basename(posixpath.normpath(path)) or "."
+    device = os.lstat(path).st_dev if one_filesystem else None
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 16) as archive:
-        archive.add(path, arcname=name, filter=_packable)
+        _add(archive, path, name, device)
 
 
-def _packable(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+def _add(archive: tarfile.TarFile, path: str, name: str, device: int | None) -> None:
+    """One path with what is below it; what is mounted there too, unless a device is named that holds all."""
+    try:
+        member = archive.gettarinfo(path, name)
+    except FileNotFoundError:
+        # gone since its folder was read: somebody works there
+        return
+    if member is None:
+        # a socket: nobody listens on a copy
+        return
     member.uname = member.gname = ""
-    return member
+    if member.isreg():
+        # one that goes in this moment is an error: its name and size are told by then
+        with open(path, "rb") as file:
+            archive.addfile(member, file)
+        return
+    archive.addfile(member)
+    if member.isdir() and (device is None or os.lstat(path).st_dev == device):
+        for entry in sorted(os.listdir(path)):
+            _add(archive, posixpath.join(path, entry), posixpath.join(name, entry), device)
 
 
 def _unpack(path: str, source: BinaryIO, job: dict[str, Any]) -> None:
@@ -158,7 +176,8 @@ def _work(job: dict[str, Any]) -> int:
         sys.stdout.write(json.dumps(info) + "\n")
         sys.stdout.flush()
     elif job["op"] == "pack":
-        _pack(os.path.realpath(path) if job.get("follow") else path, sys.stdout.buffer)
+        place = os.path.realpath(path) if job.get("follow") else path
+        _pack(place, sys.stdout.buffer, one_filesystem=bool(job.get("one_filesystem")))
         sys.stdout.buffer.flush()
     else:
         if not os.path.isdir(path):

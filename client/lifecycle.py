@@ -19,6 +19,7 @@ from wherry.core.labels import (
     CONTAINER_NAME,
     LAST_RUN,
     LOG_URI,
+    MOUNTS,
     RESTART_COUNT,
     RESTART_EXPLICITLY_STOPPED,
     RESTART_POLICY,
@@ -221,6 +222,17 @@ async def remove_record(client: Client, container: Container, *, volumes: bool =
             await client.snapshots(container.snapshotter).remove(container.snapshot_key)
     with contextlib.suppress(NotFound):
         await client.containers.delete(container.id)
+    if volumes:
+        for name in nameless_volumes(container):
+            # another container uses it by its long name, or the daemon was quicker
+            with contextlib.suppress(NotFound, FailedPrecondition):
+                await client.volumes.remove(name)
+
+
+def nameless_volumes(container: Container) -> list[str]:
+    """The volumes that were made for this container alone."""
+    mounts = label_json(container, MOUNTS).get("mounts") or ()
+    return [str(mount["Name"]) for mount in mounts if mount.get("Anonymous") and mount.get("Name")]
 
 
 async def rename(client: Client, container: Container, name: str) -> None:
@@ -229,6 +241,12 @@ async def rename(client: Client, container: Container, name: str) -> None:
         raise InvalidArgument(f"container {name} has this name already")
     await check_free(client, name)
     await client.containers.label(container.id, {CONTAINER_NAME: name})
+    from wherry.client.network import read_extensions  # noqa: PLC0415
+
+    asked = read_extensions(container.extensions)
+    if asked is not None:  # others find it by its new name from now on
+        names = [other for other in asked.names if other != name_of(container)]
+        await client.networks.rename(container.id, [name, *names])
 
 
 async def pause(client: Client, container: Container) -> None:

@@ -25,6 +25,7 @@ from wherry.client.mounting import Wish
 from wherry.client.names import random_id, random_name
 from wherry.client.security import Security
 from wherry.client.spec import SpecOptions
+from wherry.client.states import label_json
 from wherry.core import container_logs
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, WherryError
 from wherry.core.labels import (
@@ -88,6 +89,7 @@ class Recipe(NamedTuple):
     labels: Mapping[str, str] = MappingProxyType({})
     annotations: Mapping[str, str] = MappingProxyType({})
     mounts: Sequence[Wish] = ()
+    mounts_from: Sequence[str] = ()
     limits: Limits = Limits()
     ulimits: Sequence[str] = ()
     oom_score_adj: int | None = None
@@ -218,6 +220,11 @@ class _Kitchen:
 
     async def _prepare(self) -> None:
         wishes = mounting.merge(self._recipe.mounts)
+        own = {wish.target for wish in wishes}
+        others: dict[str, Wish] = {}
+        for text in self._recipe.mounts_from:
+            others |= {wish.target: wish for wish in await mounts_from(self._client, text)}
+        wishes += [wish for target, wish in others.items() if target not in own]
         taken = {wish.target for wish in wishes}
         declared = [Wish("volume", path) for path in self._settings.get("Volumes") or {} if path not in taken]
         for wish in mounting.merge([*wishes, *declared]):
@@ -366,6 +373,25 @@ class _Kitchen:
         from wherry.client import devices
 
         devices.add(spec, recipe.devices, recipe.gpus, recipe.device_rules)
+
+
+async def mounts_from(client: Client, text: str) -> list[Wish]:
+    """The binds and volumes of `CONTAINER[:ro]`, for another container; raises NotFound, InvalidArgument."""
+    reference, _, mode = text.partition(":")
+    if mode not in {"", "ro", "rw", "z", "Z"}:
+        raise InvalidArgument(f"--volumes-from {text!r}: expected CONTAINER or CONTAINER:ro")
+    mounts = label_json(await find(client, reference), MOUNTS).get("mounts") or ()
+    return [
+        Wish(
+            str(mount["Type"]),
+            str(mount["Destination"]),
+            str(mount.get("Name") or mount.get("Source") or ""),
+            read_only=mode == "ro" or not mount.get("RW", True),
+            copy_up=False,
+        )
+        for mount in mounts
+        if mount.get("Type") in {"bind", "volume"}
+    ]
 
 
 async def namespace_path(client: Client, kind: str, mode: str) -> str:

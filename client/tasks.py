@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -13,9 +13,11 @@ from google.protobuf.message import Message
 from wherry.client.transport import BlockingPending, Calls, Pending
 from wherry.client.values import Mount, descriptor_from, descriptor_message, seconds
 from wherry.core import typeurl
-from wherry.core.descriptor import Descriptor
 from wherry.proto import task_types_pb2
 from wherry.proto import tasks_pb2 as pb
+
+if TYPE_CHECKING:
+    from wherry.core.descriptor import Descriptor
 
 _SERVICE = "containerd.services.tasks.v1.Tasks"
 STATUSES = {value: name for name, value in task_types_pb2.Status.items()}
@@ -110,6 +112,17 @@ class PendingTask:
         return (await self._pending.result()).pid
 
 
+class PendingList:
+    """A listing that was asked for."""
+
+    def __init__(self, pending: Pending[pb.ListTasksResponse]) -> None:
+        self._pending = pending
+
+    async def tasks(self) -> list[Process]:
+        """Waits for it: the first process of every task."""
+        return [_process(item) for item in (await self._pending.result()).tasks]
+
+
 class Tasks:
     """The tasks of a namespace. `exec_id` names a further process, "" the container's first one."""
 
@@ -120,6 +133,10 @@ class Tasks:
         """The first process of every task."""
         answer = await self._calls.unary(f"{_SERVICE}/List", pb.ListTasksRequest(), pb.ListTasksResponse)
         return [_process(item) for item in answer.tasks]
+
+    def listing(self) -> PendingList:
+        """`list`, sent now, for who has something else to ask until the answer comes."""
+        return PendingList(self._calls.begin(f"{_SERVICE}/List", pb.ListTasksRequest(), pb.ListTasksResponse))
 
     async def get(self, container: str, exec_id: str = "") -> Process:
         """One process; raises NotFound."""

@@ -6,15 +6,16 @@ Times are `float` seconds since the epoch, 0.0 where a message has none.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from wherry.core.descriptor import Descriptor
-from wherry.core.digest import Digest
-from wherry.core.platforms import Platform
 from wherry.proto import types_pb2
+
+if TYPE_CHECKING:
+    from wherry.core.descriptor import Descriptor
+    from wherry.core.platforms import Platform
 
 
 class Mount(NamedTuple):
@@ -37,6 +38,10 @@ class Mount(NamedTuple):
 
 def descriptor_from(message: types_pb2.Descriptor) -> Descriptor:
     """A descriptor from the wire. Raises InvalidArgument where its digest is none."""
+    # listings of containers do without
+    from wherry.core.descriptor import Descriptor
+    from wherry.core.digest import Digest
+
     return Descriptor(message.media_type, Digest.parse(message.digest), message.size, dict(message.annotations))
 
 
