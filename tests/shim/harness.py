@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from wherry.core import typeurl
 from wherry.linux import mounts
 from wherry.proto import events_pb2, events_ttrpc_pb2, runc_options_pb2, task_v2_pb2, types_pb2
+from wherry.proto import task_v3_pb2 as _v3  # noqa: F401  # declares the third version of the service
 from wherry.proto.service import Context
 from wherry.proto.ttrpc.client import TtrpcClient
 from wherry.proto.ttrpc.server import TtrpcServer
@@ -155,9 +156,9 @@ class Shim:
         self.bootstrap = bootstrap
         self.client = client
 
-    async def call(self, method: str, request: Message, *, timeout: float = 30, service: str = TASK) -> Any:
+    async def call(self, method: str, request: Message, *, timeout: float = 30, service: str = "") -> Any:
         """One call of the task service."""
-        return await self.client.call(service, method, request, timeout=timeout)
+        return await self.client.call(service or self.lab.service, method, request, timeout=timeout)
 
     async def create(
         self, *args: str, streams: bool = True, terminal: bool = False, spec: dict[str, Any] | None = None, **names: str
@@ -247,6 +248,7 @@ class Lab:
         self.rootfs = rootfs
         self.binary = binary
         self.options = runc_options_pb2.Options(binary_name=binary, root=str(work / "root"))
+        self.service = TASK
         self.events = EventsService()
         self.shims: list[Shim] = []
         self._server: TtrpcServer | None = None
