@@ -235,7 +235,7 @@ class TransferService:
         stream = self._streams.get(call.namespace, archive.stream)
         call.progress.say("Importing")
         try:
-            importer = Importer(self._content, call.namespace, call.lease)
+            importer = Importer(self._content, call.namespace, call.lease, compress=archive.force_compress)
             index, images = await importer.read(decompressed(receive_bytes(stream)))
         finally:
             stream.close()
@@ -287,9 +287,14 @@ class TransferService:
             stream.close()
 
     async def _tag(self, call: _Call, source: Message, destination: Message) -> None:
+        """Another name for an image; and its snapshots, where the destination asks for them."""
         old, new = _expect(source, types.ImageStore), _expect(destination, types.ImageStore)
-        image = self._images.get(call.namespace, old.name)
-        target = from_proto(image.target)
+        target = from_proto(self._images.get(call.namespace, old.name).target)
+        if new.unpacks:
+            wanted = self._wanted(call, new)
+            wanted.selection = Selection([item.platform for item in wanted.unpacks])
+            call.progress.start(old.name)
+            await self._tree(call, wanted, None).bring(target)
         await self._save(call, new, target, _names(new, target))
 
     # -- the image store

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import posixpath
 import secrets
+import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from wherry.core import mediatypes, reference
 from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest
 from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
+from wherry.core.labels import UNCOMPRESSED
 from wherry.core.platforms import Platform
 from wherry.daemon.content import ContentStore
 from wherry.daemon.transfer_archive import ArchiveReader, Member
@@ -30,7 +33,9 @@ _DOCUMENTS = frozenset({"index.json", "oci-layout", "manifest.json", "repositori
 class Importer:
     """Reads one archive into the content store."""
 
-    def __init__(self, content: ContentStore, namespace: str, lease: str) -> None:
+    def __init__(self, content: ContentStore, namespace: str, lease: str, *, compress: bool = False) -> None:
+        """`compress` has plain layers of Docker's archives stored gzipped."""
+        self._compress = compress
         self._content = content
         self._namespace = namespace
         self._lease = lease
@@ -137,6 +142,8 @@ class Importer:
         if not isinstance(layers, list):
             raise InvalidArgument("manifest.json of the archive: Layers is no array: invalid argument")
         found = [self._find(layer) for layer in layers]
+        if self._compress:
+            found = [await self._gzipped(item) for item in found]
         document = {
             "schemaVersion": 2,
             "mediaType": mediatypes.DOCKER_MANIFEST,
@@ -144,6 +151,22 @@ class Importer:
             "layers": [{"mediaType": _layer_type(head), "digest": d, "size": size} for d, size, head in found],
         }
         return await self._put(document, mediatypes.DOCKER_MANIFEST)
+
+    async def _gzipped(self, layer: tuple[Digest, int, bytes]) -> tuple[Digest, int, bytes]:
+        """A plain layer's content once more, compressed, and with the label that says what it is uncompressed."""
+        digest, _, head = layer
+        if head.startswith((_GZIP, _ZSTD)):
+            return layer
+        # no name and no time in it: the same layer gives the same bytes
+        state = zlib.compressobj(6, zlib.DEFLATED, 31)
+        ref = f"compress-{secrets.token_hex(8)}"
+        async with await self._content.writer(self._namespace, ref, lease=self._lease) as writer:
+            async for chunk in self._content.read(self._namespace, digest):
+                await writer.write(await asyncio.to_thread(state.compress, chunk))
+            await writer.write(state.flush())
+            size, made = writer.offset, Digest(await writer.digest())
+            await self._content.commit_or_label(writer, size, made, {UNCOMPRESSED: digest})
+        return made, size, _GZIP
 
     def _find(self, name: object) -> tuple[Digest, int, bytes]:
         """A file that a document names, through links. Raises InvalidArgument."""

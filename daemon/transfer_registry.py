@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wherry.core import mediatypes
 from wherry.core.descriptor import Descriptor
-from wherry.core.errors import InvalidArgument, NotFound
+from wherry.core.errors import InvalidArgument, NotFound, WherryError
 from wherry.core.platforms import Platform
 from wherry.core.reference import parse
 from wherry.daemon.config import Limits
 from wherry.daemon.config import Transfer as Options
 from wherry.daemon.namespaces import require_namespace
-from wherry.daemon.streaming import StreamManager
+from wherry.daemon.streaming import ByteSender, StreamManager
 from wherry.daemon.transfer_image import Selection, children_of, parse_document, platform_from_proto, to_proto
 from wherry.proto import transfer_types_pb2 as types
 from wherry.proto import types_pb2
@@ -24,6 +25,10 @@ from wherry.proto.service import Context
 
 if TYPE_CHECKING:
     from wherry.registry.resolver import Resolver
+
+
+# heads of requests and answers that wait for a client that wants to see them
+MAX_TEXTS = 256
 
 
 class Registries:
@@ -59,11 +64,46 @@ class Registries:
 
         piece = self._options.concurrent_layer_fetch_buffer
         try:
-            async with Resolver(find, credentials, piece=piece) as resolver:
+            async with (
+                self._dumping(namespace, asked) as dump,
+                Resolver(find, credentials, piece=piece, dump=dump) as resolver,
+            ):
                 yield resolver
         finally:
             if stream is not None:
                 stream.close()
+
+    @contextlib.asynccontextmanager
+    async def _dumping(
+        self, namespace: str, asked: types.RegistryResolver
+    ) -> AsyncIterator[Callable[[str], None] | None]:
+        """What a client that wants to see the requests (`ctr --http-dump`) is told, over the stream that it named."""
+        if asked.http_debug == types.DISABLED or not asked.logs_stream:
+            yield None
+            return
+        stream = self._streams.get(namespace, asked.logs_stream)
+        sender = ByteSender(stream)
+        texts: asyncio.Queue[str | None] = asyncio.Queue(MAX_TEXTS)
+
+        async def send() -> None:
+            with contextlib.suppress(WherryError):
+                while (text := await texts.get()) is not None:
+                    await sender.write(text.encode(errors="replace"))
+
+        def dump(text: str) -> None:
+            # whoever is too slow to read it misses some
+            with contextlib.suppress(asyncio.QueueFull):
+                texts.put_nowait(text)
+
+        sending = asyncio.create_task(send())
+        try:
+            yield dump
+        finally:
+            with contextlib.suppress(asyncio.QueueFull):
+                texts.put_nowait(None)
+            await asyncio.wait({sending}, timeout=1)
+            sending.cancel()
+            stream.close()
 
 
 def _for(registry: bool, headers: Mapping[str, str]) -> Mapping[str, str]:

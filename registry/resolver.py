@@ -68,11 +68,12 @@ class Resolver:
         credentials: Credentials = anonymous,
         headers: Mapping[str, str] | None = None,
         piece: int = 0,
+        dump: Callable[[str], None] | None = None,
     ) -> None:
-        """`piece` is the fetchers': see there."""
+        """`piece` is the fetchers', `dump` the transport's: see there."""
         self._hosts = hosts
         self._piece = piece
-        self._transport = Transport(credentials, headers)
+        self._transport = Transport(credentials, headers, dump)
 
     async def __aenter__(self) -> Self:
         return self

@@ -51,7 +51,14 @@ class Transport:
     `headers` go to the registries that are named, and never further by a redirect.
     """
 
-    def __init__(self, credentials: Credentials = anonymous, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        credentials: Credentials = anonymous,
+        headers: Mapping[str, str] | None = None,
+        dump: Callable[[str], None] | None = None,
+    ) -> None:
+        """`dump` is told each request and the head of each answer, without what is secret in them."""
+        self._dump = dump
         self._credentials = credentials
         self._headers = dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
@@ -157,7 +164,11 @@ class Transport:
                 sent = {**self._headers, **sent, **host.headers}
                 if authorization is not None:
                     sent["Authorization"] = authorization
+            if self._dump is not None:
+                self._dump(head_text(f"{method} {url}", sent))
             response = await self._send(method, host, url, sent, body, at_home=at_home)
+            if self._dump is not None:
+                self._dump(head_text(f"{response.status} {response.reason}", response.headers))
             if response.status not in {301, 302, 303, 307, 308} or "Location" not in response.headers:
                 return response
             location = joined(url, response.headers["Location"])
@@ -269,6 +280,13 @@ class Transport:
         if (host, at_home) not in self._contexts:
             self._contexts[host, at_home] = context_for(host, at_home=at_home)
         return self._contexts[host, at_home]
+
+
+def head_text(first: str, headers: Mapping[str, str]) -> str:
+    """A request's or an answer's head for people; who the user is stays out of it."""
+    secret = {"authorization", "proxy-authorization", "set-cookie"}
+    lines = [f"{key}: {'(hidden)' if key.lower() in secret else value}" for key, value in headers.items()]
+    return "\n".join([first, *lines, "", ""])
 
 
 def joined(url: str, location: str) -> str:
