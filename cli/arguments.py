@@ -30,6 +30,15 @@ def byte_size(text: str) -> int:
     return int(float(match[1]) * _SIZES[match[2]])
 
 
+def switch(text: str) -> bool:
+    """A boolean as people write it, for argparse."""
+    if text.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.lower() in {"0", "false", "no", "off"}:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
 def pairs(items: Iterable[str]) -> dict[str, str]:
     """A dictionary from `KEY=VALUE`; a key alone has the value "" (which takes a label away)."""
     parsed = {}

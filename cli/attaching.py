@@ -9,6 +9,7 @@ from wherry.client import lifecycle
 from wherry.client.fifos import Fifos
 from wherry.client.finding import name_of
 from wherry.client.states import inspect_state
+from wherry.core.container_logs import folder_of
 from wherry.core.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 
     from wherry.cli.session import Session
     from wherry.client.containers import Container
+    from wherry.client.tasks import Process
     from wherry.client.values import Mount
 
 # docker's: Ctrl-P Ctrl-Q
 DETACH_KEYS = "ctrl-p,ctrl-q"
+# seconds for the rest of a log after a container's end
+LOG_REST = 5.0
 # what a followed container's exit code is when it was left running
 DETACHED = None
 
@@ -99,6 +103,9 @@ async def attach(session: Session, container: Container, *, keys: bytes, stdin: 
     client = session.client
     await lifecycle.require(client, container, {"running"}, "can't be attached to: it is {status}")
     task = await client.tasks.get(container.id)
+    if folder_of(task.stdio.stdout):
+        status = follow_log(session, container, task, keys=keys, stdin=stdin, signals=signals)
+        return status or 0
     try:
         fifos = Fifos.existing(task.stdio)
     except FailedPrecondition:
@@ -115,3 +122,48 @@ async def attach(session: Session, container: Container, *, keys: bytes, stdin: 
     finally:
         fifos.release()
     return status or 0
+
+
+def follow_log(
+    session: Session, container: Container, task: Process, *, keys: bytes, stdin: bool, signals: bool
+) -> int | None:
+    """Follows a container whose output goes to a log: what is written from now on, our input where it takes some.
+
+    A thread copies the log; this one copies input, passes signals on and waits for the end.
+    """
+    import threading
+
+    from wherry.cli.attach import Waiter
+    from wherry.client.logs import folder
+
+    path = folder(task.stdio.stdout)
+    printer = threading.Thread(target=_print_log, args=(path,), daemon=True)
+    try:
+        fifos: Fifos | None = Fifos.existing(task.stdio)
+    except FailedPrecondition:
+        # neither input nor output is a FIFO
+        fifos = None
+    printer.start()
+    try:
+        waiter = Waiter(session.client, container.id)
+        status = follow(
+            session, fifos, waiter, container.id, tty=task.stdio.terminal, signals=signals, keys=keys, stdin=stdin
+        )
+    finally:
+        if fifos is not None:
+            fifos.release()
+    if status is not DETACHED:
+        # the rest of what it wrote
+        printer.join(LOG_REST)
+    return status
+
+
+def _print_log(path: str) -> None:
+    import os
+
+    from wherry.client.logs import read
+
+    for entry in read(path, tail=0, follow=True):
+        view = memoryview(entry.data)
+        while view:
+            view = view[os.write(2 if entry.stream == "stderr" else 1, view) :]

@@ -49,6 +49,7 @@ EVERYDAY = (
     _verb("port", "stats", "list the ports that a container publishes"),
     _verb("cp", "cp", "copy files between a container and this host"),
     _verb("diff", "cp", "list what a container changed in its files"),
+    _verb("commit", "commit", "make an image of a container's files"),
     _verb("export", "cp", "write a container's file system as a tar archive"),
     _verb("exec", "exec", "run a further process in a container"),
     _verb("attach", "exec", "follow a container that runs"),

@@ -6,10 +6,11 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from wherry.cli.arguments import switch
 from wherry.cli.attaching import attach as attach_to
 from wherry.cli.attaching import detach_keys
 from wherry.cli.container_flags import environment
-from wherry.cli.following import coded, follow, interruptible, kill_task, switch
+from wherry.cli.following import coded, follow, interruptible, kill_task
 from wherry.cli.table import Command
 from wherry.client import lifecycle
 from wherry.client.fifos import Fifos

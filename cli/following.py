@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from wherry.cli.arguments import switch
 from wherry.client.fifos import Fifos
 from wherry.client.tasks import Stdio
 from wherry.core.errors import DeadlineExceeded, NotFound, Unavailable, WherryError
@@ -37,15 +38,6 @@ def stream_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--log-uri", default="", metavar="URI", help="output to file:///path or binary:///program")
     parser.add_argument("--fifo-dir", default="", metavar="DIR", help="folder for the FIFOs")
     parser.add_argument("--sig-proxy", default=True, type=switch, metavar="BOOL", help="pass signals on (true)")
-
-
-def switch(text: str) -> bool:
-    """A boolean as people write it, for argparse."""
-    if text.lower() in {"1", "true", "yes", "on"}:
-        return True
-    if text.lower() in {"0", "false", "no", "off"}:
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def exit_code_of(error: WherryError) -> int:

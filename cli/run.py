@@ -9,8 +9,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from wherry.cli import container_flags
+from wherry.cli.arguments import switch
 from wherry.cli.attaching import DETACHED, detach_keys, start_followed
-from wherry.cli.following import OURS, coded, interruptible, patiently, switch
+from wherry.cli.following import OURS, coded, interruptible, patiently
 from wherry.cli.table import Command
 from wherry.client import lifecycle
 from wherry.client.recipe import make

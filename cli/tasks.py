@@ -8,9 +8,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from wherry.cli import task_reports
-from wherry.cli.arguments import byte_size, pairs, signal_number
+from wherry.cli.arguments import byte_size, pairs, signal_number, switch
 from wherry.cli.attach import Waiter
-from wherry.cli.following import coded, follow, kill_task, run_task, stream_options, streams, switch
+from wherry.cli.following import coded, follow, kill_task, run_task, stream_options, streams
 from wherry.cli.output import Column, listing, listing_options
 from wherry.cli.table import Command
 from wherry.client.fifos import Fifos, discard

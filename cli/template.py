@@ -87,7 +87,7 @@ def _printf(text: str, *values: Any) -> str:
         if match[2] == "q":
             return json.dumps(as_go(value), ensure_ascii=False)
         try:
-            return f"%{match[1]}{match[2]}" % value
+            return str(f"%{match[1]}{match[2]}" % value)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"template: printf {text!r}: {error}") from error
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from wherry.client.containers import Container
     from wherry.client.values import Mount
 
+# of a container's record: what it asks of networks (wherry.client.network, which takes a while to load)
+NETWORK = "wherry.network"
 # seconds between the stop signal and SIGKILL, where neither container nor caller says (docker's)
 STOP_SECONDS = 10.0
 # for processes that were sent SIGKILL to be gone
@@ -241,7 +243,9 @@ async def rename(client: Client, container: Container, name: str) -> None:
         raise InvalidArgument(f"container {name} has this name already")
     await check_free(client, name)
     await client.containers.label(container.id, {CONTAINER_NAME: name})
-    from wherry.client.network import read_extensions  # noqa: PLC0415
+    if NETWORK in container.extensions:
+        await client.networks.rename(container.id, [name])
+    from wherry.client.network import read_extensions
 
     asked = read_extensions(container.extensions)
     if asked is not None:  # others find it by its new name from now on

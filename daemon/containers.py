@@ -15,7 +15,7 @@ from wherry.core import container_logs, topics
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound
 from wherry.core.failpoints import reach
 from wherry.core.filters import Adaptor, compile_filters, fields
-from wherry.core.labels import LOG_URI
+from wherry.core.labels import CONTAINER_NAME, LOG_URI
 from wherry.core.names import check_identifier, quote
 from wherry.daemon.fields import apply_mask, now, settle_labels
 from wherry.daemon.metadata import Metadata
@@ -75,6 +75,8 @@ class ContainerStore:
 
         def work(connection: sqlite3.Connection) -> None:
             ensure_namespace(connection, namespace)
+            if CONTAINER_NAME in made.labels:
+                _refuse_name(connection, namespace, made)
             try:
                 connection.execute("INSERT INTO containers VALUES (?, ?, ?)", (namespace, made.id, record))
             except sqlite3.IntegrityError:
@@ -120,6 +122,8 @@ class ContainerStore:
                 _settle(updated)
             except InvalidArgument as error:
                 raise InvalidArgument(f"update failed validation: {error.message}") from None
+            if f"labels.{CONTAINER_NAME}" in paths:
+                _refuse_name(connection, namespace, updated)
             updated.updated_at.CopyFrom(now())
             connection.execute(
                 "UPDATE containers SET record = ? WHERE namespace = ? AND id = ?",
@@ -149,6 +153,21 @@ class ContainerStore:
         if row is not None and (uri := pb.Container.FromString(row[0]).labels.get(LOG_URI)):
             container_logs.remove(uri)  # a few files at most
         self._publish(namespace, topics.CONTAINER_DELETE, events_pb2.ContainerDelete(id=id))
+
+
+def _refuse_name(connection: sqlite3.Connection, namespace: str, made: pb.Container) -> None:
+    """Raises AlreadyExists where another container has the name that people call this one by.
+
+    A record is looked into only where the name's bytes are in it: names are short, records have kilobytes.
+    """
+    name = made.labels[CONTAINER_NAME]
+    query = "SELECT record FROM containers WHERE namespace = ? AND instr(record, ?) > 0"
+    for (record,) in connection.execute(query, (namespace, name.encode())):
+        other = pb.Container.FromString(record)
+        if other.id != made.id and (other.labels.get(CONTAINER_NAME) == name or other.id == name):
+            raise AlreadyExists(
+                f"the container name {quote(name)} is in use by container {quote(other.id)}: already exists"
+            )
 
 
 def _fields(container: pb.Container) -> Adaptor:
