@@ -237,6 +237,7 @@ class NetworkManager:
         if not own:
             await self.kernel.namespace(connection.netns)
             return
+        await self.names.serve(connection)
         attach = self.kernel.attach
         if any(port.host_port == 0 or port.host_port_end for port in connection.ports):
             # the rules want to know which ports were found
@@ -355,6 +356,7 @@ class NetworkManager:
     async def release(self, namespace: str, identity: str) -> None:
         """Its ports and names are free when this returns; the rest follows. One that has none is fine."""
         key = namespace, identity
+        await self._ready.wait()  # else what is put in order just now puts in order what is gone
         async with self._lock(key):
             await self._release(key)
 
@@ -377,6 +379,7 @@ class NetworkManager:
             await self._detach_cni(connection)
             reach("network.detaching")
             await self.kernel.detach(connection, connection.endpoints, whole=True)
+            reach("network.detached")
             await self.networks.work(lambda store: store.drop(connection))
         except WherryError as error:
             # the record stays, and the next start tries again

@@ -45,6 +45,14 @@ class Names:
                 return [item for item in (endpoint.gateway4, endpoint.gateway6) if item]
         return []
 
+    async def serve(self, connection: Connection) -> None:
+        """There are name servers for a container's networks; what the rules must know of them is known then."""
+        for network in self._of(connection):
+            if network.id not in self._told or not self.keeper.there:
+                port = await self.keeper.network(network.id, self._network(network))
+                await self._kernel.redirect({network.id: port})
+                self._told.add(network.id)
+
     async def tell(self, connection: Connection) -> None:
         """Names and ports of a container; ports that were any become the ones that were found.
 
@@ -53,11 +61,7 @@ class Names:
         owner = self._owner(connection)
         if owner is None:
             return
-        for network in self._of(connection):
-            if network.id not in self._told or not self.keeper.there:
-                port = await self.keeper.network(network.id, self._network(network))
-                await self._kernel.redirect({network.id: port})
-                self._told.add(network.id)
+        await self.serve(connection)
         ports = await self.keeper.owner(connection.key, owner)
         for port_record, found in zip(connection.ports, ports, strict=True):
             port_record.host_port, port_record.host_port_end = found, 0

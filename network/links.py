@@ -16,6 +16,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from wherry.core.errors import AlreadyExists, FailedPrecondition, NotFound, WherryError
+from wherry.core.failpoints import reach
 from wherry.linux import syscalls as sc
 
 _IFF_UP = 1
@@ -125,6 +126,7 @@ class Links:
             self._ip.link("add", ifname=name, kind="bridge", mtu=mtu, br_forward_delay=0)
         except NetlinkError as error:
             raise refused(error, f"bridge {name}") from error
+        reach("network.worker.bridged")
         return int(self._ip.link_lookup(ifname=name)[0])
 
     def _settle_bridge(self, name: str, index: int, network: Mapping[str, Any]) -> None:
@@ -187,6 +189,7 @@ class Links:
                 except NetlinkError as error:
                     self._bridges.pop(str(network["bridge"]), None)
                     raise refused(error, f"interface {inner} on {network['bridge']}") from error
+                reach("network.worker.paired")
             finally:
                 os.close(namespace)
             try:

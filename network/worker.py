@@ -24,6 +24,7 @@ from typing import Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from wherry.core.errors import Code, InvalidArgument, NotFound, WherryError
+from wherry.core.failpoints import reach
 from wherry.network import nft
 from wherry.network.conntrack import forget
 from wherry.network.links import Links, refused
@@ -56,12 +57,15 @@ class Worker:
         macs = []
         if request["make"]:
             self._links.make_namespace(path)
+            reach("network.worker.made")
         try:
             for plug in request["plugs"]:
                 endpoint = plug["endpoint"]
                 macs.append(self._links.plug(plug["network"], endpoint, path, owner))
                 plugged.append(endpoint["host_interface"])
+            reach("network.worker.plugged")
             self._run(request["rules"])
+            reach("network.worker.ruled")
         except BaseException:
             for name in plugged:
                 self._links.unplug(name)
@@ -81,6 +85,7 @@ class Worker:
         """
         for name in request["interfaces"]:
             self._links.unplug(name)
+        reach("network.worker.unplugged")
         if request["netns"]:
             self._links.remove_namespace(request["netns"])
             with contextlib.suppress(OSError):  # another container of the namespace is there

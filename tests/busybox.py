@@ -41,7 +41,9 @@ def layer() -> bytes:
     return buffer.getvalue()
 
 
-def write_archive(path: Path, *, name: str = NAME, layers: list[bytes] | None = None) -> None:
+def write_archive(
+    path: Path, *, name: str = NAME, layers: list[bytes] | None = None, exposed: tuple[str, ...] = ()
+) -> None:
     """Write an OCI image layout as a tar with one image named `name`, whose layers are the given tars, gzipped."""
     blobs: dict[str, bytes] = {}
     tars = [layer()] if layers is None else layers
@@ -51,7 +53,11 @@ def write_archive(path: Path, *, name: str = NAME, layers: list[bytes] | None = 
     config = {
         "architecture": _ARCHITECTURES.get(platform.machine(), platform.machine()),
         "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"]},
+        "config": {
+            "Env": ["PATH=/bin"],
+            "Cmd": ["/bin/sh"],
+            **({"ExposedPorts": {port: {} for port in exposed}} if exposed else {}),
+        },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]},
     }
     manifest = {
