@@ -11,7 +11,7 @@ import structlog
 from google.protobuf import any_pb2, empty_pb2
 
 from wherry.core import container_logs
-from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, WherryError
+from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, WherryError, from_code
 from wherry.core.failpoints import reach
 from wherry.core.filters import compile_filters, fields
 from wherry.core.names import check_identifier
@@ -129,6 +129,8 @@ class TaskService:
             self._shims.end(shim)
             await self._networks.release(*shim.key)
             raise
+        except WherryError as error:
+            raise from_code(error.code, f"failed to delete task: {error.message}") from error
         self._shims.end(shim, deleted)
         await self._networks.release(*shim.key)
         return _deleted(shim.bundle.id, deleted)
@@ -211,7 +213,12 @@ class TaskService:
         """Close a process's standard input."""
         shim = await self._shim(request.container_id, context)
         asked = shim_api.CloseIORequest(id=shim.bundle.id, exec_id=request.exec_id, stdin=request.stdin)
-        return await shim.call("CloseIO", asked, empty_pb2.Empty)
+        try:
+            return await shim.call("CloseIO", asked, empty_pb2.Empty)
+        except WherryError as error:
+            if error.message.startswith("process does not exist"):  # containerd's shim has no code for it
+                raise NotFound(error.message) from error
+            raise
 
     async def list_pids(self, request: pb.ListPidsRequest, context: Context) -> pb.ListPidsResponse:
         """The pids in the container, as the host counts them."""

@@ -185,12 +185,7 @@ class TaskService:
 
     async def close_io(self, request: task_v2_pb2.CloseIORequest) -> Empty:
         """Let the process see the end of its input once the client closed it too."""
-        container = self._container(request.id)
-        try:
-            process = container.process(request.exec_id)
-        except errors.NotFound as error:  # containerd's shim answers this one with the code UNKNOWN
-            raise errors.WherryError(error.message) from error
-        process.io.close_stdin()
+        self._container(request.id).process(request.exec_id).io.close_stdin()
         return Empty()
 
     async def stats(self, request: task_v2_pb2.StatsRequest) -> task_v2_pb2.StatsResponse:
