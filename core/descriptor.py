@@ -39,14 +39,14 @@ class Descriptor:
             raise InvalidArgument(f"{where}: digest is missing: invalid argument")
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise InvalidArgument(f"{where}: size is no count of bytes: invalid argument")
-        platform = value.get("platform")
+        platform, urls = value.get("platform"), value.get("urls")
         return cls(
             media_type=media_type,
             digest=Digest.parse(digest),
             size=size,
             annotations=_strings(value.get("annotations"), f"{where}: annotations"),
             platform=None if platform is None else Platform.from_json(platform, f"{where}: platform"),
-            urls=tuple(url for url in value.get("urls") or () if isinstance(url, str)),
+            urls=tuple(url for url in urls if isinstance(url, str)) if isinstance(urls, list) else (),
             artifact_type=str(value.get("artifactType") or ""),
             data=_data(value.get("data"), where),
         )

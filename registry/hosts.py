@@ -147,8 +147,10 @@ def _parse_file(path: str, folder: str, default: Host) -> list[Host]:
             raise InvalidArgument(f'{path}: host."{address}" is no table: invalid argument')
         found.append(_read(path, folder, address, table, default))
     server = tree.get("server", "")
+    if not isinstance(server, str):
+        raise InvalidArgument(f"{path}: server is no string: invalid argument")
     top = {key: value for key, value in tree.items() if key not in {"server", "host"}}
-    found.append(_read(path, folder, str(server), top, default))
+    found.append(_read(path, folder, server, top, default))
     return found
 
 
@@ -159,6 +161,10 @@ def _read(path: str, folder: str, address: str, table: Mapping[str, Any], defaul
     headers = table.get("header") or {}
     if not isinstance(headers, dict):
         raise InvalidArgument(f"{where}: header is no table: invalid argument")
+    lines = {key: ", ".join(_strings(where, key, value)) for key, value in headers.items()}
+    for key, value in lines.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", key) or re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value):
+            raise InvalidArgument(f"{where}: header {key!r} can't be sent: invalid argument")
     ca = tuple(os.path.join(folder, item) for item in _strings(where, "ca", table.get("ca")))
     return replace(
         host,
@@ -166,15 +172,20 @@ def _read(path: str, folder: str, address: str, table: Mapping[str, Any], defaul
         ca=ca,
         client=_client(where, folder, table.get("client")),
         skip_verify=_flag(where, table, "skip_verify", default=host.skip_verify and not ca),
-        headers={key: ", ".join(_strings(where, key, value)) for key, value in headers.items()},
+        headers=lines,
         dial_seconds=_seconds(where, table.get("dial_timeout")),
         proxy=str(table.get("proxy") or ""),
     )
 
 
 def _address(where: str, address: str, override_path: bool) -> Host:
-    parts = urlsplit(address if "://" in address else f"https://{address}")
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
+    try:
+        parts = urlsplit(address if "://" in address else f"https://{address}")
+        right = parts.scheme in {"http", "https"} and bool(parts.hostname) and "@" not in parts.netloc
+        right = right and (parts.port is None or parts.port > 0)
+    except ValueError:
+        right = False
+    if not right:
         raise InvalidArgument(f"{where}: not an address of a registry: invalid argument")
     path = parts.path.rstrip("/")
     if not override_path and not path.endswith("/v2"):

@@ -194,11 +194,17 @@ class Transport:
         *,
         at_home: bool,
     ) -> aiohttp.ClientResponse:
+        try:
+            address = URL(url, encoded=True)
+            # asked for here, where a port that is none shows
+            _ = address.host, address.port
+        except ValueError as error:
+            raise Hopeless(f"{method} {url[:200]}: {error}") from error
         # a body takes the time that it takes; an answer to a mere question may not trickle in for ever
         async with asyncio.timeout(None if body is not None else HEAD_SECONDS):
             return await self._open().request(
                 method,
-                URL(url, encoded=True),
+                address,
                 headers=headers,
                 data=body() if body is not None else None,
                 allow_redirects=False,
