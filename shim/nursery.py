@@ -61,10 +61,10 @@ def serve_control(number: int) -> None:
 def preload() -> Life:
     """Load what is loaded late elsewhere, walk the shim's ways, then hand all objects to the permanent generation."""
     bundled.preload()
+    know_types()
     walk(_own_streams)
     life = Life()
     settle()
-    know_types()
     gc.collect()
     fill_holes()
     fill_heap()

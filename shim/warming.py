@@ -9,12 +9,14 @@ shim's own code, from the start of a shim to its end; only what makes the contai
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -29,12 +31,18 @@ from wherry.runtime import container as bundled
 from wherry.runtime import state
 from wherry.runtime.container import CreateRequest, ExecRequest
 from wherry.shim.serving import Life, Parameters, become_shim
+from wherry.shim.warming_runtime import walk_runtime
 
 # a function is specialised after 8 calls, its instructions one by one in the calls after that
 ROUNDS: Final = 10
 # a life takes 10 ms; if one gets stuck, the fork server goes on without the rest
 _LIMIT: Final = 2.0
 _ID: Final = "warm"
+_FOLDER: Final = "/tmp/wherry-warm-"
+# seconds; younger ones may be about to be locked
+_STRAY: Final = 60.0
+# so many at most, lest the first container waits for them
+_STRAYS: Final = 5
 
 
 def walk(own_streams: Callable[[str, str], None]) -> None:
@@ -42,21 +50,48 @@ def walk(own_streams: Callable[[str, str], None]) -> None:
 
     `own_streams` is how a shim takes its streams and its working directory; both are put back.
     """
-    folder = f"/tmp/wherry-warm-{os.urandom(8).hex()}"
+    folder = f"{_FOLDER}{os.urandom(8).hex()}"
     try:
+        _remove_strays()
         os.mkdir(folder, 0o700)
+        held = _hold(folder)
     except OSError:
         return
     set_child_subreaper()
     try:
-        with _kept(), _plain_forks():
-            for number in range(ROUNDS):
-                _live(f"{folder}/{number}", own_streams)
+        with _kept():
+            with _plain_forks():
+                for number in range(ROUNDS):
+                    _live(f"{folder}/{number}", own_streams)
+            walk_runtime(f"{folder}/{ROUNDS}", ROUNDS)
     except (Exception, _Stuck) as error:  # noqa: BLE001  # whatever this host lacks: shims start without it
         print(f"level=warning msg={f'warming up: {type(error).__name__}: {error}'!r}", file=sys.stderr)
     finally:
         set_child_subreaper(False)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _hold(folder: str) -> int:
+    """A lock on it, for as long as this process lives. Raises BlockingIOError where another one has it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove_strays() -> None:
+    """What a fork server left that was killed while it warmed up."""
+    parent, name = os.path.split(_FOLDER)
+    for stray in [item for item in os.listdir(parent) if item.startswith(name)][:_STRAYS]:
+        with contextlib.suppress(OSError):
+            held = _hold(f"{parent}/{stray}")
+            if os.fstat(held).st_uid == os.geteuid() and os.fstat(held).st_mtime < time.time() - _STRAY:
+                shutil.rmtree(f"{parent}/{stray}", ignore_errors=True)
+            os.close(held)
 
 
 @contextlib.contextmanager
