@@ -20,12 +20,13 @@ import pytest
 
 from tests import busybox
 from tests.cli.conftest import Wherry
-from tests.daemon.transfer_rig import Image, make_image, publish, tar
+from tests.daemon.transfer_rig import Image, make_image, make_index, publish, tar
 from tests.peers import need
 from tests.registry.conftest import PASSWORD, USER, locked_registry, registry
 from tests.wherryd import BUSYBOX, Wherryd
 from wherry.cli.progress import Display
 from wherry.client.transfer import Progress
+from wherry.core.platforms import host, parse
 
 __all__ = ["locked_registry", "registry"]
 NOISE = random.Random(5).randbytes(6_000_000)
@@ -245,3 +246,37 @@ def test_skopeos_image_is_pulled(wherry: Wherry, registry: str, tmp_path: Path) 
         wherry.run("pull", "-q", "--plain-http", name)
         assert wherry.run("run", "--rm", name, "echo", tag).stdout == f"{tag}\n"
         wherry.run("images", "rm", "--sync", name)
+
+
+def test_by_digest_and_by_platform(wherry: Wherry, registry: str) -> None:
+    other = parse("linux/s390x") if host().architecture != "s390x" else parse("linux/amd64")
+    first, second = make_image([tar({"a": b"here"})]), make_image([tar({"a": b"there"})], other)
+    index = make_index([first, second])
+    name = f"{registry}/which/one:v1"
+    asyncio.run(publish(index, name))
+    repository = name.rpartition(":")[0]
+    by_digest = f"{repository}@{index.target.digest}"
+    assert wherry.run("pull", "-q", "--plain-http", by_digest).stdout == f"{by_digest}\n"
+    assert name not in wherry.run("images", "ls", "-q").stdout
+    layers = [
+        next(str(d.digest) for d, _ in image.blobs.values() if "layer" in d.media_type) for image in (first, second)
+    ]
+    assert [digest in wherry.run("content", "ls", "-q").stdout for digest in layers] == [True, False]
+    wherry.run("images", "rm", "--sync", by_digest)
+    wherry.run("pull", "-q", "--plain-http", "--platform", str(other), "--no-unpack", name)
+    assert [digest in wherry.run("content", "ls", "-q").stdout for digest in layers] == [False, True]
+    # what is here of it can be converted, by its platform; what isn't can't
+    wherry.run("images", "convert", "--platform", str(other), "--zstd", name, f"{repository}:z")
+    shown = json.loads(wherry.run("images", "inspect", f"{repository}:z").stdout)
+    assert shown["Images"][0]["Platform"] == str(other)
+    assert "not found" in wherry.run("images", "convert", "--zstd", name, f"{repository}:y", code=1).stderr
+    wherry.run("pull", "-q", "--plain-http", "--all-platforms", "--no-unpack", name)
+    wherry.run("images", "convert", "--all-platforms", "--zstd", "-q", name, f"{repository}:all")
+    wherry.run("push", "-q", "--plain-http", f"{repository}:all")
+    skopeo = [need("skopeo"), "inspect", "--raw", "--tls-verify=false", f"docker://{repository}:all"]
+    pushed = json.loads(subprocess.run(skopeo, capture_output=True, check=True).stdout)
+    assert [item["platform"]["architecture"] for item in pushed["manifests"]] == [
+        host().architecture,
+        other.architecture,
+    ]
+    wherry.run("images", "rm", "--sync", name, f"{repository}:z", f"{repository}:all")
