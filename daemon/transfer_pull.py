@@ -20,6 +20,8 @@ from wherry.core.errors import (
 from wherry.core.platforms import Platform, matches, normalize
 from wherry.daemon.config import Limits
 from wherry.daemon.content import ContentStore
+from wherry.daemon.content_writer import ContentWriter
+from wherry.daemon.transfer_growing import Growing
 from wherry.daemon.transfer_image import (
     MAX_DOCUMENT,
     Selection,
@@ -99,6 +101,8 @@ class Tree:
         self._nodes = 0
         # the fetch of each digest, so that what two parents share comes once
         self._fetches: dict[str, asyncio.Task[None]] = {}
+        # what is being written now, for those who read it meanwhile
+        self._growing: dict[str, asyncio.Future[Growing]] = {}
         self._group: asyncio.TaskGroup | None = None
         self.unpacked = 0
 
@@ -126,6 +130,24 @@ class Tree:
 
     async def _ready(self, descriptor: Descriptor) -> None:
         await asyncio.shield(self._have(descriptor))
+
+    async def _begin(self, descriptor: Descriptor) -> Growing | None:
+        """Wait until a layer's content is in the store (None), or its download has begun."""
+        fetch = self._have(descriptor)
+        begun = self._growing.setdefault(descriptor.digest, asyncio.get_running_loop().create_future())
+        waited: set[asyncio.Future[Any]] = {fetch, begun}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if fetch.done():
+            await asyncio.shield(fetch)
+            return None
+        return begun.result()
+
+    def _grow(self, descriptor: Descriptor, writer: ContentWriter) -> Growing:
+        growing = Growing(writer.path)
+        begun = self._growing.setdefault(descriptor.digest, asyncio.get_running_loop().create_future())
+        if not begun.done():
+            begun.set_result(growing)
+        return growing
 
     async def _node(self, descriptor: Descriptor, platform: Platform | None, depth: int = 0) -> None:
         """One node with all that is below it."""
@@ -200,6 +222,7 @@ class Tree:
                     tuple(diff_ids),
                     tuple(layers),
                     self._ready,
+                    self._begin,
                 )
                 self._spawn(self._unpack(task))
 
@@ -262,13 +285,22 @@ class Tree:
             if writer.offset > descriptor.size:
                 await writer.truncate()
             existed = bool(writer.shared)
-            if not existed and writer.offset < descriptor.size:
-                async with aclosing(source.fetch(descriptor, writer.offset)) as chunks:
-                    async for chunk in chunks:
-                        offset = await writer.write(chunk)
-                        self._progress.update(descriptor, "downloading", offset)
-                        turn.tell("downloading", offset)
-            await self._content.commit_or_label(writer, descriptor.size, descriptor.digest, self._source_labels())
+            growing = self._grow(descriptor, writer) if not existed else None
+            whole = False
+            try:
+                if not existed and writer.offset < descriptor.size:
+                    async with aclosing(source.fetch(descriptor, writer.offset)) as chunks:
+                        async for chunk in chunks:
+                            offset = await writer.write(chunk)
+                            self._progress.update(descriptor, "downloading", offset)
+                            turn.tell("downloading", offset)
+                            if growing is not None:
+                                growing.more(offset)
+                await self._content.commit_or_label(writer, descriptor.size, descriptor.digest, self._source_labels())
+                whole = True
+            finally:
+                if growing is not None:
+                    growing.end(whole=whole)
             return existed
 
     def _source_labels(self, existing: str = "") -> dict[str, str]:

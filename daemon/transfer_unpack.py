@@ -1,7 +1,7 @@
 """An image's layers as snapshots: each applied on the one below, committed under the chain's digest.
 
-Where the snapshotter allows it (overlayfs), layers are applied side by side, each as soon as it is there, and set on
-their parents at the commit; else one after the other. The labels are containerd's, for its garbage collector and for
+Where the snapshotter allows it (overlayfs), layers are applied side by side, each while it is still downloaded, and set
+on their parents at the commit; else one after the other. The labels are containerd's, for its garbage collector and for
 clients that look for what is unpacked: the configuration refers to the top snapshot, each layer says its digest
 uncompressed.
 """
@@ -13,7 +13,7 @@ import contextlib
 import errno
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from wherry.core.descriptor import Descriptor
@@ -22,6 +22,7 @@ from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, Resourc
 from wherry.core.labels import GC_REF_SNAPSHOT, SNAPSHOT_REF, UNCOMPRESSED
 from wherry.daemon.content import ContentStore
 from wherry.daemon.snapshots import SnapshotStore
+from wherry.daemon.transfer_growing import Growing
 from wherry.daemon.transfer_image import add_labels
 from wherry.daemon.transfer_progress import Progress
 from wherry.daemon.transfer_sharing import Turns
@@ -31,7 +32,8 @@ from wherry.snapshotter.limits import too_many
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One image to be unpacked: `ready` waits until a layer's content is in the store."""
+    """One image to be unpacked: `ready` waits until a layer's content is in the store, `begun` until it is there or its
+    download has begun, whose file it returns then."""
 
     namespace: str
     lease: str
@@ -40,6 +42,47 @@ class Task:
     diff_ids: tuple[str, ...]
     layers: tuple[Descriptor, ...]
     ready: Callable[[Descriptor], Awaitable[None]]
+    begun: Callable[[Descriptor], Awaitable[Growing | None]]
+
+
+@dataclass(slots=True)
+class _Layer:
+    """One of an image's layers, by its number from below; `done` are all layers' ends, `growing` its file while it is
+    downloaded."""
+
+    task: Task
+    index: int
+    chains: Sequence[Digest]
+    done: Sequence[asyncio.Future[None]]
+    progress: Progress
+    growing: Growing | None = None
+
+    @property
+    def layer(self) -> Descriptor:
+        return self.task.layers[self.index]
+
+    @property
+    def chain(self) -> Digest:
+        return self.chains[self.index]
+
+    @property
+    def diff_id(self) -> str:
+        return self.task.diff_ids[self.index]
+
+    @property
+    def below(self) -> str:
+        """The chain of the layer below; "" for the lowest one."""
+        return self.chains[self.index - 1] if self.index else ""
+
+    @property
+    def below_is_done(self) -> bool:
+        """Whether the layer below is committed, or there is none."""
+        return self.index == 0 or self.done[self.index - 1].done()
+
+    async def wait_below(self) -> None:
+        """Until the layer below is committed."""
+        if self.index:
+            await asyncio.shield(self.done[self.index - 1])
 
 
 class Unpacker:
@@ -78,7 +121,7 @@ class Unpacker:
         try:
             async with asyncio.TaskGroup() as group:
                 for index in range(start, len(chains)):
-                    group.create_task(self._layer(task, index, chains, done, progress))
+                    group.create_task(self._layer(_Layer(task, index, chains, done, progress)))
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
         for future in done:
@@ -105,63 +148,48 @@ class Unpacker:
         await self._remove(task, key)
         return False
 
-    async def _layer(
-        self,
-        task: Task,
-        index: int,
-        chains: list[Digest],
-        done: list[asyncio.Future[None]],
-        progress: Progress,
-    ) -> None:
+    async def _layer(self, at: _Layer) -> None:
         """One layer, unless another transfer applies the same one now: then what it made is there."""
-        layer, chain = task.layers[index], chains[index]
-        await task.ready(layer)
+        task, layer, chain = at.task, at.layer, at.chain
+        at.growing = await task.begun(layer)
 
         def told(event: str, progress_there: int) -> None:
-            progress.update(layer, event, progress_there)
+            at.progress.update(layer, event, progress_there)
 
-        # whoever has a chain's turn waits for nobody but those below it, so there is no circle
+        # whoever has a chain's turn waits for those below it and for its download, so there is no circle
         async with self._turns.take((task.namespace, task.snapshotter, chain), told) as (turn, waited):
             turn.tell("extracting", 0)
             if not (waited and await self._there(task, chain)):
-                await self._make(task, index, chains, done, progress)
-        await add_labels(self._content, task.namespace, layer.digest, {UNCOMPRESSED: task.diff_ids[index]})
-        progress.finish(layer, "extracted")
-        done[index].set_result(None)
+                await self._make(at)
+        await task.ready(layer)
+        await add_labels(self._content, task.namespace, layer.digest, {UNCOMPRESSED: at.diff_id})
+        at.progress.finish(layer, "extracted")
+        at.done[at.index].set_result(None)
 
-    async def _make(
-        self,
-        task: Task,
-        index: int,
-        chains: list[Digest],
-        done: list[asyncio.Future[None]],
-        progress: Progress,
-    ) -> None:
-        """Apply one layer and commit it once the one below is committed."""
-        chain = chains[index]
-        below = chains[index - 1] if index else ""
-        beside = self._snapshots.rebases(task.snapshotter) and bool(below) and not done[index - 1].done()
-        if beside:
-            try:
-                key = await self._apply(task, index, chain, "", progress)
-            except InvalidArgument:
-                # a hard link may lead to a file of a layer below: such a layer needs its parent from the start
-                beside = False
-        if not beside:
-            if below:
-                await asyncio.shield(done[index - 1])
-            key = await self._apply(task, index, chain, below, progress)
+    async def _make(self, at: _Layer) -> None:
+        """Apply one layer and commit it once the one below is committed and its own blob is verified."""
+        task = at.task
+        beside = self._snapshots.rebases(task.snapshotter) and not at.below_is_done
+        key = None
+        if at.growing is not None and (beside or at.below_is_done):
+            key = await self._follow(at, at.growing, "" if beside else at.below)
         try:
-            if below:
-                await asyncio.shield(done[index - 1])
+            await task.ready(at.layer)
+        except BaseException:
+            await asyncio.shield(self._remove(task, key or ""))
+            raise
+        if key is None:
+            key, beside = await self._apply_whole(at, beside=beside)
+        try:
+            await at.wait_below()
             if key:
                 await self._snapshots.commit(
                     task.namespace,
                     task.snapshotter,
-                    chain,
+                    at.chain,
                     key,
-                    {SNAPSHOT_REF: chain},
-                    parent=below if beside else "",
+                    {SNAPSHOT_REF: at.chain},
+                    parent=at.below if beside else "",
                     lease=task.lease,
                 )
         except AlreadyExists:
@@ -171,29 +199,51 @@ class Unpacker:
             await asyncio.shield(self._remove(task, key))
             raise
 
-    async def _apply(self, task: Task, index: int, chain: Digest, parent: str, progress: Progress) -> str:
-        """A snapshot with the layer applied; its key, "" where the committed one has come to be meanwhile."""
-        layer = task.layers[index]
-        key = _key(chain)
+    async def _follow(self, at: _Layer, growing: Growing, parent: str) -> str | None:
+        """Apply a layer while it comes; None where that failed: what is wrong with it, the whole of it will say."""
+        try:
+            with growing.follow() as (file, signs):
+                return await self._apply(at, parent, file, signs)
+        except (WherryError, FileNotFoundError):
+            return None
+
+    async def _apply_whole(self, at: _Layer, *, beside: bool) -> tuple[str, bool]:
+        """Apply a layer that is in the store; the snapshot's key, and whether it is still to be set on its parent."""
+        source = self._content.path(at.task.namespace, at.layer.digest)
+        if beside:
+            with contextlib.suppress(InvalidArgument):
+                return await self._apply(at, "", source), True
+            # a hard link may lead to a file of a layer below: such a layer needs its parent from the start
+        await at.wait_below()
+        return await self._apply(at, at.below, source), False
+
+    async def _apply(self, at: _Layer, parent: str, source: str | int, signs: int | None = None) -> str:
+        """A snapshot with the layer applied; its key, "" where the committed one has come to be meanwhile.
+
+        `source` is the blob's file, or with `signs` one that grows (`Growing.follow`).
+        """
+        task, key = at.task, _key(at.chain)
         try:
             mounts = await self._snapshots.prepare(
-                task.namespace, task.snapshotter, key, parent, {SNAPSHOT_REF: chain}, lease=task.lease
+                task.namespace, task.snapshotter, key, parent, {SNAPSHOT_REF: at.chain}, lease=task.lease
             )
         except AlreadyExists:
             return ""
         try:
-            progress.update(layer, "extracting", 0)
+            if signs is None:
+                at.progress.update(at.layer, "extracting", 0)
             await self._applier.apply(
                 mounts,
-                self._content.path(task.namespace, layer.digest),
-                layer.media_type,
-                expected=task.diff_ids[index],
-                overlay=True if index and not parent else None,
+                source,
+                at.layer.media_type,
+                expected=at.diff_id,
+                overlay=True if at.index and not parent else None,
+                follow=signs,
             )
         except BaseException as error:
             await asyncio.shield(self._remove(task, key))
             if isinstance(error, WherryError):
-                raise type(error)(f"failed to extract layer {task.diff_ids[index]}: {error.message}") from error
+                raise type(error)(f"failed to extract layer {at.diff_id}: {error.message}") from error
             raise
         return key
 

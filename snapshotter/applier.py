@@ -82,6 +82,7 @@ class Applier:
         progress: Callable[[int], None] | None = None,
         sync_fs: bool = False,
         overlay: bool | None = None,
+        follow: int | None = None,
     ) -> Applied:
         """Apply the layer in `source` to the tree that `mounts` show.
 
@@ -90,7 +91,9 @@ class Applier:
         (a mismatch is found at the end: don't commit the snapshot after an error). `progress` is called with the
         uncompressed bytes done so far, a few times a second. `sync_fs` writes the file system to disk before it
         returns. `overlay=True` says that the tree is a layer of an overlay though it is mounted alone (it will be set
-        on its parent at the commit): whiteouts are then kept as overlay's.
+        on its parent at the commit): whiteouts are then kept as overlay's. `follow` is a pipe for a `source` that is
+        still being written: at its end a byte is read, "." says that it is all there, the pipe's end that it never
+        will be (Unavailable). Such a call has no turn: it waits most of the time.
         """
         message = {
             "op": "apply",
@@ -103,7 +106,7 @@ class Applier:
             "sync": sync_fs or self._sync,
             "overlay": overlay,
         }
-        answer = await self._run(message, source, os.O_RDONLY, progress)
+        answer = await self._run(message, source, os.O_RDONLY, progress, follow)
         if answer["implied"]:
             record_implied(mounts[0].source, [os.fsencode(path) for path in answer["implied"]])
         return Applied(answer["digest"], answer["size"], mediatypes.OCI_LAYER, answer["entries"])
@@ -154,26 +157,33 @@ class Applier:
     # one job
 
     async def _run(
-        self, message: dict[str, Any], file: str | int, flags: int, progress: Callable[[int], None] | None
+        self,
+        message: dict[str, Any],
+        file: str | int,
+        flags: int,
+        progress: Callable[[int], None] | None,
+        follow: int | None = None,
     ) -> dict[str, Any]:
-        async with self._turns:
+        async with self._turns if follow is None else contextlib.nullcontext():
             fd = file if isinstance(file, int) else _open(file, flags)
             self._busy += 1
             try:
-                return await self._job(message, fd, progress)
+                return await self._job(message, [fd], [follow] if follow is not None else [], progress)
             finally:
                 self._busy -= 1
                 if not isinstance(file, int):
                     os.close(fd)
                 self._rest()
 
-    async def _job(self, message: dict[str, Any], fd: int, progress: Callable[[int], None] | None) -> dict[str, Any]:
+    async def _job(
+        self, message: dict[str, Any], before: list[int], after: list[int], progress: Callable[[int], None] | None
+    ) -> dict[str, Any]:
         job = next(self._ids)
         receiving, sending = os.pipe2(os.O_CLOEXEC)
         results = os.fdopen(receiving, "rb", buffering=0)
         try:
             try:
-                worker = await self._hand_over({"id": job, **message}, [fd, sending])
+                worker = await self._hand_over({"id": job, **message}, [*before, sending, *after])
             finally:
                 os.close(sending)
             reader = asyncio.StreamReader(limit=ANSWER_LIMIT)

@@ -18,7 +18,7 @@ from typing import IO, cast
 import zstandard
 from isal import igzip_lib
 
-from wherry.core.errors import InvalidArgument, WherryError
+from wherry.core.errors import InvalidArgument, Unavailable, WherryError
 from wherry.snapshotter.limits import too_many
 
 CHUNK = 256 << 10
@@ -44,8 +44,10 @@ class Stream:
     none). When the end was reached, `digest` and `size` are those of all chunks.
     """
 
-    def __init__(self, fd: int, *, compressed: bool, limit: int = 0) -> None:
+    def __init__(self, fd: int, *, compressed: bool, limit: int = 0, follow: int = -1) -> None:
+        """`follow`: the pipe of an `fd` that is still being written (`Applier.apply`)."""
         self._fd = fd
+        self._follow = follow
         self._compressed = compressed
         self._limit = limit
         self._queue: queue.Queue[bytes] = queue.Queue(AHEAD)
@@ -88,7 +90,7 @@ class Stream:
             self._queue.put(b"")
 
     def _chunks(self) -> Iterator[bytes]:
-        read = _Source(self._fd)
+        read = _Source(self._fd, self._follow)
         head = read.peek(4)
         if self._compressed and head.startswith(_GZIP):
             return _gunzip(read)
@@ -98,10 +100,14 @@ class Stream:
 
 
 class _Source:
-    """Reads a descriptor to its end; `peek` looks at the first bytes, which are then read again."""
+    """Reads a descriptor to its end; `peek` looks at the first bytes, which are then read again.
 
-    def __init__(self, fd: int) -> None:
+    With `follow` the end is what is there so far, until a "." has come from that pipe.
+    """
+
+    def __init__(self, fd: int, follow: int) -> None:
         self._fd = fd
+        self._follow = follow
         self._head = b""
         with suppress(OSError):  # a pipe
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -120,9 +126,17 @@ class _Source:
     def _read(self) -> bytes:
         while True:
             try:
-                return os.read(self._fd, READ)
+                data = os.read(self._fd, READ)
             except BlockingIOError:  # a pipe of asyncio's: its flags are shared with the daemon, so they stay
                 select.select([self._fd], [], [])
+                continue
+            if data or self._follow < 0:
+                return data
+            signs = os.read(self._follow, READ)
+            if not signs:
+                raise Unavailable("the layer's download was given up: unavailable")
+            if b"." in signs:
+                self._follow = -1
 
 
 def _gunzip(read: Callable[[], bytes]) -> Iterator[bytes]:

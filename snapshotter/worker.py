@@ -88,7 +88,7 @@ class Worker:
             os.waitpid(pid, 0)
 
     def _message(self) -> bool:
-        data, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(2 * 4))
+        data, ancillary, _, _ = self._control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(3 * 4))
         if not data:
             return False
         fds = array.array("i")
@@ -104,13 +104,16 @@ class Worker:
         self._start(message, *fds)
         return True
 
-    def _start(self, message: dict[str, Any], file: int, result: int) -> None:
+    def _start(self, message: dict[str, Any], file: int, result: int, follow: int = -1) -> None:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
             self._control.close()
+            message["follow"] = follow
             _run_child(message, file, result, parent)
         os.close(file)
+        if follow >= 0:
+            os.close(follow)
         self._children[pid] = (message["id"], result)
 
     def _reap(self) -> None:
@@ -202,7 +205,7 @@ def mounts_of(listed: list[list[Any]]) -> list[Mount]:
 
 def _apply(message: dict[str, Any], file: int, tell: Callable[[int], None]) -> dict[str, Any]:
     root = enter(mounts_of(message["mounts"]), overlay=message["overlay"])
-    stream = Stream(file, compressed=message["compressed"], limit=message["layer_bytes"])
+    stream = Stream(file, compressed=message["compressed"], limit=message["layer_bytes"], follow=message["follow"])
     reader = TarReader(_counted(stream, tell) if message["progress"] else stream.get)
     applier = LayerApplier(reader, root, limit=message["layer_entries"])
     entries = applier.run()

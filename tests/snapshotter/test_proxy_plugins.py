@@ -110,13 +110,13 @@ def test_containerd_uses_ours(generation: str, kind: str, registry: str, tmp_pat
             run(*ctr, "images", "pull", *local, "--plain-http", "--snapshotter", "wherry", ref)
             assert ours.kept == 2
             command = ["run", "--rm", "--snapshotter", "wherry", ref]
-            assert run(*ctr, *command, "one", "sh", "-c", LOOK) == SEEN
+            assert run(*ctr, *command, f"one-{os.getpid()}", "sh", "-c", LOOK) == SEEN
             ours.stop(signal.SIGKILL)
             ours.start()
             # Go's client tries again after a second or so
             listing = [*ctr, "snapshots", "--snapshotter", "wherry", "ls"]
             wait_for(lambda: subprocess.run(listing, capture_output=True).returncode == 0)
-            assert run(*ctr, *command, "two", "sh", "-c", LOOK) == SEEN
+            assert run(*ctr, *command, f"two-{os.getpid()}", "sh", "-c", LOOK) == SEEN
             listed = run(*listing).splitlines()[1:]
             assert [line.split()[-1] for line in listed] == ["Committed", "Committed"]
             for line in listed:
@@ -148,12 +148,12 @@ def test_wherryd_uses_one_that_is_served_alone(kind: str, registry: str, tmp_pat
         with alone(kind, tmp_path) as theirs:
             wherryd.ctr("images", "pull", "--plain-http", "--snapshotter", "foreign", ref)
             command = ["run", "--rm", "--snapshotter", "foreign", ref]
-            assert wherryd.ctr(*command, "one", "sh", "-c", LOOK).stdout == SEEN
+            assert wherryd.ctr(*command, f"one-{os.getpid()}", "sh", "-c", LOOK).stdout == SEEN
             theirs.stop(signal.SIGKILL)
             theirs.start()
             wherryd.kill()
             wherryd.start()
-            assert wherryd.ctr(*command, "two", "sh", "-c", LOOK).stdout == SEEN
+            assert wherryd.ctr(*command, f"two-{os.getpid()}", "sh", "-c", LOOK).stdout == SEEN
             wherryd.ctr("images", "rm", "--sync", ref)
             wait_for(lambda: theirs.kept == 0)
 
@@ -171,7 +171,7 @@ def test_wherryd_uses_containerds(registry: str) -> None:
         disabled = 'disabled_plugins = ["io.containerd.snapshotter.v1.overlayfs"]\n'
         with daemon_with(disabled, containerd.address) as wherryd:
             wherryd.ctr("images", "pull", "--plain-http", ref)
-            assert wherryd.ctr("run", "--rm", ref, "one", "sh", "-c", LOOK).stdout == SEEN
+            assert wherryd.ctr("run", "--rm", ref, f"one-{os.getpid()}", "sh", "-c", LOOK).stdout == SEEN
             there = run(containerd.ctr, "-a", containerd.address, "snapshots", "ls")
             assert there.count("Committed") == 2
             wherryd.ctr("images", "rm", "--sync", ref)
