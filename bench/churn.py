@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import sqlite3
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,6 +69,16 @@ def memory_of(pid: int) -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def descriptors_of(pid: int) -> Counter[str]:
+    """What a process has open, numbers left out."""
+    found: Counter[str] = Counter()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{name}"))] += 1
+    return found
 
 
 class Worker(threading.Thread):
@@ -256,7 +268,7 @@ def main() -> None:
         churn.samples.clear()
         daemon.restart()
         time.sleep(3)
-        before = churn.state()
+        before, opened = churn.state(), descriptors_of(daemon.pid)
         tally = churn.run(args.minutes * 60, args.kill_every)
         daemon.restart()
         more = settled(churn, before)
@@ -267,6 +279,8 @@ def main() -> None:
         print(f"wherryd's last life beside its first: {grown / (1 << 20):+.1f} MiB")
         for name, (was, now) in more.items():
             print(f"more {name}: {was} before, {now} after")
+        if "descriptors" in more:
+            print("open beyond what was before:", dict(descriptors_of(daemon.pid) - opened))
         for text in tally.wrong:
             print(text)
         if args.plot:
