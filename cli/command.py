@@ -85,6 +85,7 @@ GROUPED = (
     Group(("leases",), "leases", "what the garbage collector spares"),
     Group(("plugins", "plugin"), "plugins", "the parts of the daemon"),
     Group(("oci",), "oci", "tools for OCI specifications"),
+    Group(("generate",), "generate", "units of systemd for containers"),
 )
 DAEMON = (
     _verb("info", "system", "show what the daemon is and has"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,15 @@ from collections.abc import Sequence
 
 _UNITS = ("wherryd.service", "wherryd.socket")
 _DEFAULT_FOLDER = "/etc/systemd/system"
+#: Where systemd looks for generators of an administrator (systemd.generator(7)); ours reads quadlet files.
+_GENERATORS = {
+    "/etc/systemd/system-generators": "wherry-system-generator",
+    "/etc/systemd/user-generators": "wherry-user-generator",
+}
 _DEFAULT_ADDRESS = "/run/wherry/wherryd.sock"
+_USERS_ADDRESS = "%t/wherry/wherryd.sock"  # %t is XDG_RUNTIME_DIR
+#: Lines of the service that a user's manager may not obey.
+_SYSTEMS_ALONE = ("ExecStartPre=", "OOMScoreAdjust=", "Limit", "# shims inherit", "DirectoryMode=")
 #: systemd makes this folder; without it another init runs the machine (sd_booted(3)).
 _BOOTED = "/run/systemd/system"
 _SYSTEMCTL_SECONDS = 90  # systemd's own time limit for a start
@@ -29,9 +38,12 @@ def install(argv: Sequence[str]) -> int:
     """Run the command with its arguments; the exit code is 0, or 1 with the reason on stderr, or 2 for a wrong use."""
     own, flags = _split(list(argv))
     options = _parser().parse_args(own)
+    options.dir = options.dir or (_users_folder() if options.user else _DEFAULT_FOLDER)
     try:
-        if options.remove:
-            _remove(options.dir)
+        if options.generators:
+            _install_generators(options.generators, remove=options.remove)
+        elif options.remove:
+            _remove(options.dir, user=options.user)
         else:
             _install(options, flags)
     except (InstallError, OSError) as error:
@@ -40,8 +52,8 @@ def install(argv: Sequence[str]) -> int:
     return 0
 
 
-def units(flags: Sequence[str] = ()) -> dict[str, str]:
-    """The text of each unit by its name. `flags`: what the daemon is started with.
+def units(flags: Sequence[str] = (), *, user: bool = False) -> dict[str, str]:
+    """The text of each unit by its name. `flags`: what the daemon is started with; `user`: by a user's manager.
 
     Raises InstallError where this environment has no wherryd.
     """
@@ -49,16 +61,47 @@ def units(flags: Sequence[str] = ()) -> dict[str, str]:
     values = {
         "@WHERRYD@": " ".join(_quote(word) for word in [*_wherryd(), *flags]),
         "@MODPROBE@": shutil.which("modprobe", path="/usr/sbin:/sbin:/usr/bin:/bin") or "/sbin/modprobe",
-        "@ADDRESS@": _specifiers(_address(flags)),
+        "@ADDRESS@": _address(flags, user=user),
     }
     texts: dict[str, str] = {}
     for name in _UNITS:
         with open(os.path.join(folder, name), encoding="utf-8") as file:
             text = file.read()
+        text = _for_user(text) if user else text
         for mark, value in values.items():
             text = text.replace(mark, value)
         texts[name] = text
     return texts
+
+
+def _for_user(text: str) -> str:
+    """A unit without what only the system's manager may do, wanted by the target that a user's manager reaches."""
+    lines = [line for line in text.splitlines() if not line.startswith(_SYSTEMS_ALONE)]
+    wanted = "\n".join(lines).replace("WantedBy=multi-user.target", "WantedBy=default.target")
+    return wanted.replace("After=network.target local-fs.target dbus.service", "After=dbus.socket") + "\n"
+
+
+def _users_folder() -> str:
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(config, "systemd", "user")
+
+
+def _install_generators(base: str, *, remove: bool) -> None:
+    """Write (or remove) the programs that turn quadlet files into services."""
+    for folder, name in _GENERATORS.items():
+        path = os.path.join(base, folder.lstrip("/"), name)
+        if remove:
+            if os.path.lexists(path):
+                os.unlink(path)
+                print(f"removed {path}")
+            continue
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        call = "import sys; from wherry.systemd.quadlet import main; sys.exit(main(sys.argv[1:]))"
+        flag = " --user" if "user" in name else ""
+        _write(path, f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -I -c {shlex.quote(call)}{flag} "$@"\n', 0o755)
+        print(f"wrote {path}")
+    if os.path.isdir(_BOOTED) and base == "/":
+        _systemctl("daemon-reload")
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -75,7 +118,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--dir", metavar="FOLDER", default=_DEFAULT_FOLDER, help=f"where to ({_DEFAULT_FOLDER})")
+    parser.add_argument("--dir", metavar="FOLDER", default="", help=f"where to ({_DEFAULT_FOLDER}, or the user's)")
+    parser.add_argument("--user", action="store_true", help="units for the service manager of the user who calls")
+    parser.add_argument(
+        "--generators",
+        metavar="FOLDER",
+        nargs="?",
+        const="/",
+        help="generators for *.container files too (below FOLDER)",
+    )
     parser.add_argument("--enable", action="store_true", help="start it at each boot")
     parser.add_argument("--now", action="store_true", help="start it now too (means --enable)")
     parser.add_argument("--socket", action="store_true", help="enable the socket: the first client starts the daemon")
@@ -85,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _install(options: argparse.Namespace, flags: list[str]) -> None:
-    texts = units(flags)
+    texts = units(flags, user=options.user)
     if options.print:
         for name, text in texts.items():
             print(f"# {os.path.join(options.dir, name)}\n{text}")
@@ -99,30 +150,32 @@ def _install(options: argparse.Namespace, flags: list[str]) -> None:
         print(f"wrote {os.path.join(options.dir, name)}")
     if not os.path.isdir(_BOOTED):
         return
-    _systemctl("daemon-reload")
+    manager = ["--user"] if options.user else []
+    _systemctl(*manager, "daemon-reload")
     started = "wherryd.socket" if options.socket else "wherryd.service"
     if options.enable or options.now:
-        _systemctl("enable", *(["--now"] if options.now else []), started)
+        _systemctl(*manager, "enable", *(["--now"] if options.now else []), started)
         print(f"{started} is enabled{' and started' if options.now else ''}")
 
 
-def _remove(folder: str) -> None:
+def _remove(folder: str, *, user: bool) -> None:
+    manager = ["--user"] if user else []
     present = [name for name in _UNITS if os.path.lexists(os.path.join(folder, name))]
     if present and os.path.isdir(_BOOTED):
-        _systemctl("disable", "--now", *reversed(present))
+        _systemctl(*manager, "disable", "--now", *reversed(present))
     for name in present:
         os.unlink(os.path.join(folder, name))
         print(f"removed {os.path.join(folder, name)}")
     if present and os.path.isdir(_BOOTED):
-        _systemctl("daemon-reload")
+        _systemctl(*manager, "daemon-reload")
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: str, text: str, mode: int = 0o644) -> None:
     """Replace the file in one step: systemd may read it at any moment."""
     temporary = f"{path}.new"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-        os.fchmod(file.fileno(), 0o644)
+        os.fchmod(file.fileno(), mode)
     os.replace(temporary, path)
 
 
@@ -148,17 +201,19 @@ def _wherryd() -> list[str]:
     return [os.path.abspath(sys.executable), "-I", "-m", "wherry.daemon"]
 
 
-def _address(flags: Sequence[str]) -> str:
-    """Where the socket unit listens: the daemon's --address, else its default."""
-    address = _DEFAULT_ADDRESS
+def _address(flags: Sequence[str], *, user: bool = False) -> str:
+    """Where the socket unit listens, as a unit writes it: the daemon's --address, else its default."""
+    address = ""
     for index, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
         if name in {"--address", "-a"}:
             address = value if equals else "".join(flags[index + 1 : index + 2])
+    if not address and not any(flag.partition("=")[0] in {"--address", "-a"} for flag in flags):
+        return _USERS_ADDRESS if user else _DEFAULT_ADDRESS
     if not address.startswith("/"):
         msg = f"the address {address!r} is not an absolute path"
         raise InstallError(msg)
-    return address
+    return _specifiers(address)
 
 
 def _specifiers(text: str) -> str:

@@ -48,7 +48,7 @@ class User:
             part.mkdir(exist_ok=True)
             os.chown(part, uid, uid)
         self.run = self.folder / "run"
-        self.address = str(self.run / "wherry-embedded/wherryd.sock")
+        self.address = str(self.run / "wherry/wherryd.sock")
         archive = self.folder / "busybox.tar"
         busybox.write_archive(archive)
         self.archive = str(archive)
@@ -113,15 +113,15 @@ def nobody(install: Path) -> Iterator[User]:
 
 
 def test_the_main_job(barrow: User) -> None:
-    barrow("--embedded", "images", "import", barrow.archive)
-    run = ("--embedded", "run", "--rm", "--net", "none", busybox.NAME)
+    barrow("images", "import", barrow.archive)
+    run = ("run", "--rm", "--net", "none", busybox.NAME)
     assert barrow(*run, "sh", "-c", "id -u; touch /new; stat -c %u /new").stdout == "0\n0\n"
     done = barrow(*run, "sh", "-c", "cat /proc/self/uid_map; exit 3", check=False)
     assert done.returncode == 3
     assert str(barrow.uid) in done.stdout.split()
     # what runs with another id inside is an id of the user's range outside
     assert (
-        barrow("--embedded", "run", "--rm", "--net", "none", "-u", "1000", busybox.NAME, "id", "-u").stdout == "1000\n"
+        barrow("run", "--rm", "--net", "none", "-u", "1000", busybox.NAME, "id", "-u").stdout == "1000\n"
     )
 
 
@@ -138,7 +138,6 @@ def test_containers_outlive_the_daemon_and_the_namespaces_go_with_the_last(barro
 
 def test_nothing_configured(barrow: User) -> None:
     """Two commands at once: one of them starts the daemon, which both use, and the next ones as well."""
-    barrow.address = str(barrow.run / "wherry/wherryd.sock")
     words = ["setpriv", f"--reuid={barrow.uid}", f"--regid={barrow.uid}", "--init-groups", "wherry", "version"]
     both = [
         subprocess.Popen(words, env=barrow.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -157,22 +156,22 @@ def test_nothing_configured(barrow: User) -> None:
 def test_a_limit_that_can_not_be_had_is_refused(barrow: User) -> None:
     if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
         pytest.skip("cgroups may be delegated here")
-    barrow("--embedded", "images", "import", barrow.archive)
-    done = barrow("--embedded", "run", "--rm", "--net", "none", "-m", "64m", busybox.NAME, "true", check=False)
+    barrow("images", "import", barrow.archive)
+    done = barrow("run", "--rm", "--net", "none", "-m", "64m", busybox.NAME, "true", check=False)
     assert done.returncode == 125
     assert "limits (memory) can't be had without rights: no cgroup is delegated" in done.stderr
 
 
 def test_a_user_with_one_id(nobody: User) -> None:
-    nobody("--embedded", "images", "import", nobody.archive)
-    out = nobody("--embedded", "run", "--rm", "--net", "none", busybox.NAME, "cat", "/proc/self/uid_map").stdout
+    nobody("images", "import", nobody.archive)
+    out = nobody("run", "--rm", "--net", "none", busybox.NAME, "cat", "/proc/self/uid_map").stdout
     assert out.split() == ["0", "65534", "1"]
 
 
 def test_nobody_else_reaches_a_users_daemon(barrow: User, nobody: User) -> None:
-    barrow("--embedded", "images", "import", barrow.archive)
-    barrow("--embedded", "run", "-d", "--name", "mine", "--net", "none", busybox.NAME, "sleep", "1000")
-    for path in (barrow.run / "wherry-embedded", barrow.folder / "home/.local/share/wherry-embedded"):
+    barrow("images", "import", barrow.archive)
+    barrow("run", "-d", "--name", "mine", "--net", "none", busybox.NAME, "sleep", "1000")
+    for path in (barrow.run / "wherry", barrow.folder / "home/.local/share/wherry"):
         for command in (["ls", str(path)], ["cat", str(path / "lock")]):
             done = subprocess.run(
                 ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command],
