@@ -55,7 +55,7 @@ LEVELS = ("trace", "debug", "info", "warn", "error", "fatal", "panic")
 _MESSAGE_SIZE = 16 << 20  # bytes; containerd's default
 
 # tables and keys of containerd's schema that Wherry has no use for: taken, with a warning where they ask for something
-_IDLE = frozenset({"plugin_dir", "temp", "cgroup", "stream_processors", "oom_score"})
+_IDLE = frozenset({"plugin_dir", "temp", "cgroup", "stream_processors"})
 # what a key that is read and changes nothing carries: set to another value than containerd's default, it is warned of
 _NO_EFFECT = types.MappingProxyType({"no effect": True})
 # the deadlines that are heeded (daemon/link.py), and containerd's defaults of those that are not
@@ -273,6 +273,7 @@ class Config:
     imports: Sequence[str] = ()
     disabled_plugins: Sequence[str] = ()
     required_plugins: Sequence[str] = ()
+    oom_score: int = 0  # the daemon's oom_score_adj where it isn't 0; shims have one more
     grpc: Grpc = Grpc()
     ttrpc: Ttrpc = Ttrpc()
     debug: Debug = Debug()
@@ -469,6 +470,8 @@ def _check(config: Config, path: str) -> None:
     """What the types don't say."""
     if config.debug.level and config.debug.level not in LEVELS:
         raise InvalidArgument(f"config file {path}: debug.level: expected one of {', '.join(LEVELS)}")
+    if not -1000 <= config.oom_score <= 1000:
+        raise InvalidArgument(f"config file {path}: oom_score: expected a number from -1000 to 1000")
     if config.debug.format not in ("", "text", "json"):
         raise InvalidArgument(f'config file {path}: debug.format: expected "text" or "json"')
     if config.metadata.content_sharing_policy not in ("shared", "isolated"):

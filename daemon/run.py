@@ -41,6 +41,7 @@ def run(config: Config, listeners: Mapping[str, socket.socket], exit_idle: float
 async def _run(config: Config, listeners: Mapping[str, socket.socket], exit_idle: float) -> int:
     stop = asyncio.Event()
     _handle_signals(config, stop)
+    _set_oom_score(config.oom_score)  # before there is a fork server: it and its shims go by ours
     # its interpreter loads on one processor while ours loads gRPC on the other
     forks = await ForkServer.start(_log_forks)
     from wherry.daemon.server import Daemon  # noqa: PLC0415
@@ -67,6 +68,16 @@ async def _leave(watch: IdleWatch, stop: asyncio.Event) -> None:
     await watch.wait()
     log.info("nobody has called for a while")
     stop.set()
+
+
+def _set_oom_score(score: int) -> None:
+    if not score:
+        return
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(str(score))
+    except OSError as error:  # lower than it was takes CAP_SYS_RESOURCE
+        log.error("oom_score can't be set", score=score, error=str(error))
 
 
 def _log_forks(event: str, fields: Mapping[str, object]) -> None:

@@ -141,7 +141,6 @@ OVERLAYFS, NATIVE = "io.containerd.snapshotter.v1.overlayfs", "io.containerd.sna
         ("[debug]\nuid = 5", "debug.uid"),
         ('[metrics]\naddress = "127.0.0.1:1338"', "metrics.address"),
         ('[cgroup]\npath = "/x"', "cgroup.path"),
-        ("oom_score = -500", "oom_score"),
         ('[stream_processors."mine"]\npath = "x"', "stream_processors.mine.path"),
         ('[timeouts]\n"io.containerd.timeout.bolt.open" = "5s"', 'timeouts."io.containerd.timeout.bolt.open"'),
         ('[timeouts]\n"shim.lode" = "5s"', 'timeouts."shim.lode"'),

@@ -251,7 +251,7 @@ async def api(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[A
     yield api
     for name in api.made:
         await api.release(name)
-    await api.channel.close()
+    await api.channel.close(None)
 
 
 async def test_every_method_in_every_state(api: Api) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -228,3 +229,38 @@ version = 2
         )
     finally:
         own.close()
+
+
+def test_the_oom_score_of_the_configuration() -> None:
+    own = Wherryd(config="version = 2\noom_score = 55\n")
+    try:
+        own.start()
+        own.import_busybox()
+        assert Path(f"/proc/{own.pid}/oom_score_adj").read_text() == "55\n"
+        assert own.ctr("run", "--rm", BUSYBOX, "one", "cat", "/proc/1/oom_score_adj").stdout == "56\n"
+    finally:
+        own.close()
+
+
+def test_a_client_and_the_daemon_go_and_another_client_attaches(daemon: Wherryd, runtime: list[str]) -> None:
+    script = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done"
+    ctr = ["ctr", "--address", daemon.address]
+    first = [*ctr, "run", *runtime, BUSYBOX, "attach", "sh", "-c", script]
+    with subprocess.Popen(first, stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        for _ in range(20):
+            client.stdout.readline()
+        client.kill()
+        daemon.kill()
+    daemon.start()
+    with subprocess.Popen([*ctr, "task", "attach", "attach"], stdout=subprocess.PIPE) as again:
+        assert again.stdout is not None
+        numbers = [int(again.stdout.readline()) for _ in range(60)]
+        # it had waited for a reader: nothing is missing from there on
+        assert numbers == list(range(numbers[0], numbers[0] + 60))
+        assert numbers[0] >= 20
+        daemon.ctr("task", "kill", "-s", "KILL", "attach")
+        again.stdout.read()
+        assert again.wait(20) == 137
+    daemon.ctr("task", "delete", "--force", "attach", check=False)
+    daemon.ctr("containers", "delete", "attach")

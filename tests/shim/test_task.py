@@ -146,6 +146,32 @@ async def test_kill_all_where_pids_are_shared(lab: Lab) -> None:
     await shim.shutdown()
 
 
+async def test_kill_all_reaches_every_process_of_the_cgroup(lab: Lab) -> None:
+    shim = await lab.spawn("a")
+    await shim.create("/bin/sh", "-c", "trap : USR1; sleep 1000 & sleep 1000 & while :; do wait; done")
+    await shim.start()
+    # also what has left the session, and what was added
+    await shim.exec("x", "/bin/sh", "-c", "setsid sleep 1000 & exec sleep 1000", streams=False)
+    await shim.start("x")
+    pids: set[int] = set()
+    async with asyncio.timeout(20):
+        while len(pids) < 5:
+            processes = (await shim.call("Pids", task_v2_pb2.PidsRequest(id="a"))).processes
+            pids = {process.pid for process in processes}
+            await asyncio.sleep(0.02)
+    init = (await shim.state()).pid
+    await shim.kill(signal.SIGUSR1, everyone=True)
+    assert (await shim.wait("x")).exit_status == 128 + signal.SIGUSR1
+    async with asyncio.timeout(20):
+        while any(alive(pid) for pid in pids - {init}):
+            await asyncio.sleep(0.02)
+    assert alive(init)  # it has a handler
+    await shim.kill(signal.SIGKILL, everyone=True)
+    assert (await shim.wait()).exit_status == 137
+    await shim.delete()
+    await shim.shutdown()
+
+
 async def test_pause_and_resume(lab: Lab) -> None:
     shim = await lab.spawn("a")
     await shim.create("/bin/sleep", "100")
