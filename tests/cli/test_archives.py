@@ -21,6 +21,7 @@ from tests import busybox
 from tests.cli.conftest import Wherry
 from tests.containerd import Containerd
 from tests.peers import need
+from tests.runtime.callers.docker import Dockerd
 from tests.wherryd import BUSYBOX, Wherryd
 
 SECOND = "docker.io/library/second:v2"
@@ -295,3 +296,21 @@ def test_platforms_that_are_not_here(wherry: Wherry) -> None:
     # a manifest by itself has no platform to choose by
     assert done.returncode == 0
     wherry.run("images", "rm", "docker.io/library/x:y", code=None)
+
+
+def test_dockers_archives_in_both_directions(wherry: Wherry, second: str, tmp_path: Path) -> None:
+    need("docker")
+    archive, saved = tmp_path / "both.tar", tmp_path / "saved.tar"
+    wherry.run("images", "export", str(archive), BUSYBOX, second)
+    daemon = Dockerd({})
+    try:
+        docker = [need("docker"), "-H", daemon.host]
+        assert output(*docker, "load", "-i", str(archive)).decode().count("Loaded image") == 2
+        output(*docker, "tag", second, "registry.example/dockers:1")
+        output(*docker, "save", "-o", str(saved), "registry.example/dockers:1", BUSYBOX)
+    finally:
+        daemon.close()
+    names = [line.split()[0] for line in wherry.run("images", "import", str(saved)).stdout.splitlines()]
+    assert set(names) == {"registry.example/dockers:1", BUSYBOX}
+    assert wherry.run("run", "--rm", "registry.example/dockers:1").stdout == "hi\n"
+    wherry.run("images", "rm", "registry.example/dockers:1")
