@@ -173,7 +173,7 @@ class Journal:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the journal of events failed", exc_info=error)
         if self._waiting and not self._closed and self._timer is None:
-            delay = RETRY if self._failed else 0.0
+            delay = RETRY if self._failed else GATHER
             self._timer = asyncio.get_running_loop().call_later(delay, self._flush)
 
     async def _write_waiting(self) -> None:
