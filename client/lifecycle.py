@@ -7,6 +7,7 @@ goes) is in labels of the record; containerd's restart monitor reads the same on
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING
 
 from wherry.client.fifos import discard, lone_stdin
@@ -16,6 +17,7 @@ from wherry.client.tasks import Exit, Stdio
 from wherry.core import container_logs
 from wherry.core.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry.core.labels import (
+    CONFIG,
     CONTAINER_NAME,
     LAST_RUN,
     LOG_URI,
@@ -109,7 +111,25 @@ async def start(client: Client, container: Container, stdio: Stdio | None = None
         )
     await clear_task(client, container)
     await meant_to(client, container, "running")
+    container = await joined(client, container)
     return await start_new(client, container, await mounts_of(client, container), stdio)
+
+
+async def joined(client: Client, container: Container) -> Container:
+    """The container with the namespaces of others (`--pid container:NAME`) as they are now: those may have started anew.
+
+    Raises NotFound, InvalidArgument where such a one doesn't run.
+    """
+    modes = label_json(container, CONFIG).get("Namespaces") or {}
+    if not any(str(mode).startswith("container:") for mode in modes.values()):
+        return container
+    from wherry.client.recipe import namespace_path, set_namespace
+
+    spec = json.loads(json.dumps(container.spec))
+    for kind, mode in modes.items():
+        if str(mode).startswith("container:"):
+            set_namespace(spec, kind, mode, await namespace_path(client, kind, mode))
+    return await client.containers.update(container._replace(spec=spec), ["spec"])
 
 
 async def start_new(client: Client, container: Container, mounts: Sequence[Mount], stdio: Stdio | None = None) -> int:

@@ -56,7 +56,9 @@ def elements(daemon: Wherryd) -> list[str]:
     """The published ports in the rules."""
     found = []
     for table in networks.tables(daemon.state):
-        done = subprocess.run(["nft", "-j", "list", *table.split()], capture_output=True, text=True, check=True)
+        done = subprocess.run(["nft", "-j", "list", *table.split()], capture_output=True, text=True, check=False)
+        if done.returncode:
+            continue  # gone since it was listed
         for item in json.loads(done.stdout)["nftables"]:
             if item.get("map", {}).get("name", "").startswith(("any", "one")):
                 found += [str(element) for element in item["map"].get("elem", [])]
