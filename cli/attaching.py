@@ -89,6 +89,7 @@ async def start_attached(session: Session, container: Container, args: argparse.
         )
     await lifecycle.clear_task(client, container)
     await lifecycle.meant_to(client, container, "running")
+    container = await lifecycle.joined(client, container)
     mounts = await lifecycle.mounts_of(client, container)
     status = await start_followed(
         session, container, mounts, interactive=args.interactive, signals=True, keys=detach_keys(args.detach_keys)

@@ -116,7 +116,7 @@ async def start(client: Client, container: Container, stdio: Stdio | None = None
 
 
 async def joined(client: Client, container: Container) -> Container:
-    """The container with the namespaces of others (`--pid container:NAME`) as they are now: those may have started anew.
+    """The container with the namespaces of others (`--pid container:NAME`) as they are now, should they be new ones.
 
     Raises NotFound, InvalidArgument where such a one doesn't run.
     """

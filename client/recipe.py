@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wherry.client import copies, mounting, security
 from wherry.client import limits as limiting
+from wherry.client import mounting, security
 from wherry.client.finding import SHORT, check_free, find
 from wherry.client.launch import RUNTIME, Launch, Launched, create, remove
 from wherry.client.lifecycle import policy_labels
@@ -208,6 +208,10 @@ class _Kitchen:
 
     async def populate(self, launched: Launched) -> None:
         """Puts what the image has into the volumes that are fresh; raises what is in the way, and removes all again."""
+        if not self._unfilled:
+            return
+        from wherry.client import copies
+
         try:
             for folder, path in self._unfilled:
                 copies.fill(folder, launched.mounts, path)
@@ -249,6 +253,8 @@ class _Kitchen:
             volume = await volumes.create(wish.source, labels=labels)
             if not wish.source:
                 self._fresh.append(volume.name)
+        from wherry.client import copies
+
         if wish.copy_up and copies.is_empty(volume.mountpoint):
             self._unfilled.append((volume.mountpoint, wish.target))
         return volume.mountpoint, volume.name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from wherry.client.spec import ALL_DEVICES, capability, host_devices, own_capabilities, seccomp_of
@@ -80,7 +81,8 @@ def apply(
         linux["resources"]["devices"] = [dict(rule) for rule in ALL_DEVICES]
     wanted = security.seccomp or ("unconfined" if privileged else "")
     if wanted != "unconfined":
-        linux["seccomp"] = seccomp_of(wanted, names)
+        profile = seccomp_of(wanted, names)
+        linux["seccomp"] = of_docker(profile, names) if is_dockers(profile) else profile
 
 
 def _capabilities(names: list[str], *, privileged: bool, add: Sequence[str], drop: Sequence[str]) -> list[str]:
@@ -101,3 +103,66 @@ def _known(names: Iterable[str]) -> None:
     for name in names:
         if name != "CAP_ALL" and name not in NAMES:
             raise InvalidArgument(f"unknown capability {name.removeprefix('CAP_')}: capabilities(7) lists them")
+
+
+# what uname(2) calls a machine, by the names of the specification
+_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
+_GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "riscv64": "riscv64"}
+
+
+def is_dockers(profile: Mapping[str, Any]) -> bool:
+    """Whether a seccomp profile is in docker's form, with conditions, and not the specification's."""
+    return "archMap" in profile or any(
+        "includes" in rule or "excludes" in rule or "name" in rule for rule in profile.get("syscalls") or ()
+    )
+
+
+def of_docker(profile: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The specification's form of a profile in docker's, for this host and these capabilities.
+
+    A rule holds where the container has all capabilities of its `includes` and none of its `excludes`, and likewise for
+    architectures (Go's names) and the oldest kernel.
+    """
+    machine = os.uname().machine
+    known = _ARCHITECTURES.get(machine, "")
+    architectures = [str(item) for item in profile.get("architectures") or ()]
+    for entry in profile.get("archMap") or ():
+        if entry.get("architecture") == known:
+            architectures = [known, *(str(item) for item in entry.get("subArchitectures") or ())]
+    rules = []
+    for rule in profile.get("syscalls") or ():
+        if not _holds(rule, names, _GO_ARCHITECTURES.get(machine, machine)):
+            continue
+        kept = {key: rule[key] for key in ("action", "errnoRet") if rule.get(key) is not None}
+        args = rule.get("args")
+        called = list(rule.get("names") or ([rule["name"]] if rule.get("name") else []))
+        rules.append({"names": called, **kept, **({"args": args} if args else {})})
+    found: dict[str, Any] = {"defaultAction": profile.get("defaultAction"), "syscalls": rules}
+    if profile.get("defaultErrnoRet") is not None:
+        found["defaultErrnoRet"] = profile["defaultErrnoRet"]
+    return {**found, "architectures": architectures} if architectures else found
+
+
+def _holds(rule: Mapping[str, Any], names: Sequence[str], architecture: str) -> bool:
+    includes, excludes = rule.get("includes") or {}, rule.get("excludes") or {}
+    if includes.get("arches") and architecture not in includes["arches"]:
+        return False
+    if architecture in (excludes.get("arches") or ()):
+        return False
+    if any(name not in names for name in includes.get("caps") or ()):
+        return False
+    if any(name in names for name in excludes.get("caps") or ()):
+        return False
+    return _kernel() >= _version(str(includes.get("minKernel") or "0"))
+
+
+def _kernel() -> tuple[int, ...]:
+    return _version(os.uname().release)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split(".")[:2]:
+        digits = "".join(char for char in part if char.isdigit()) if part[:1].isdigit() else ""
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
