@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from wherry.core.descriptor import Descriptor
 
 _SERVICE = "containerd.services.tasks.v1.Tasks"
+_EXPLAIN = "wherry.tasks.v1.Tasks"
 STATUSES = {value: name for name, value in task_types_pb2.Status.items()}
 
 
@@ -123,6 +124,15 @@ class PendingList:
         return [_process(item) for item in (await self._pending.result()).tasks]
 
 
+class Ending(NamedTuple):
+    """How a process ended: `reason` says why it was killed, where that is known (whose memory limit was reached)."""
+
+    pid: int
+    status: int
+    at: float
+    reason: str
+
+
 class Tasks:
     """The tasks of a namespace. `exec_id` names a further process, "" the container's first one."""
 
@@ -189,6 +199,16 @@ class Tasks:
         if checkpoint is not None:
             request.checkpoint.CopyFrom(descriptor_message(checkpoint))
         return PendingTask(self._calls.begin(f"{_SERVICE}/Create", request, pb.CreateTaskResponse))
+
+    async def explain(self, container: str, exec_id: str = "") -> Ending | None:
+        """How a process ended, None while it hasn't; wherryd alone knows this call. Raises NotFound, Unimplemented."""
+        from wherry.proto import wherry_tasks_pb2 as explain_pb  # noqa: PLC0415 - for the few who ask
+
+        request = explain_pb.ExplainRequest(container_id=container, exec_id=exec_id)
+        answer = await self._calls.unary(f"{_EXPLAIN}/Explain", request, explain_pb.ExplainResponse)
+        if not answer.exited:
+            return None
+        return Ending(answer.pid, answer.exit_status, seconds(answer.exited_at), answer.reason)
 
     async def start(self, container: str, exec_id: str = "") -> int:
         """Starts what was created and returns its pid; raises the runtime's error."""

@@ -53,6 +53,7 @@ class NotedExit:
     pid: int
     exit_status: int
     exited_at_ns: int
+    reason: str = ""
 
 
 class Bundle:
@@ -115,7 +116,7 @@ class Bundle:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 value = json.loads(self._read(f"exits/{name}"))
                 numbers = int(value["pid"]), int(value["exit_status"]), int(value["exited_at_ns"])
-                found.append(NotedExit(exec_id, *numbers))
+                found.append(NotedExit(exec_id, *numbers, str(value.get("reason", ""))))
         return found
 
     def keep(self, checkpoint: str) -> None:

@@ -26,6 +26,7 @@ from wherry.daemon.durations import parse_duration
 from wherry.daemon.events import EventsService, EventsTtrpcService, Exchange
 from wherry.daemon.events_journal import Journal, Retention
 from wherry.daemon.events_kept import KeptEventsService
+from wherry.daemon.explain import ExplainService
 from wherry.daemon.gc import Collector, Policy
 from wherry.daemon.gc_service import GcService
 from wherry.daemon.health import HealthService
@@ -233,6 +234,7 @@ class Daemon:
             checkpoints=checkpoints,
         )
         self._add("tasks", self._task_service)
+        self._add("explain", ExplainService(places.tasks, shims, self._exchange, Limits.of(config)))
         self._build_everyday(self._task_service, shims)
         with self._plugins.load("io.containerd.sandbox.controller.v1", "shim", requires=requires):
             controller = SandboxController(config, places.tasks, shims, self._sandboxes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import re
 import signal
 import subprocess
 import time
@@ -16,6 +17,7 @@ import pytest
 from tests.peers import need
 from tests.wherryd import BUSYBOX, Wherryd
 from wherry.client import connect
+from wherry.client.tasks import Ending
 
 RUNTIMES = ("bundled", "runc", "foreign")
 
@@ -264,3 +266,32 @@ def test_a_client_and_the_daemon_go_and_another_client_attaches(daemon: Wherryd,
         assert again.wait(20) == 137
     daemon.ctr("task", "delete", "--force", "attach", check=False)
     daemon.ctr("containers", "delete", "attach")
+
+
+def test_a_process_that_ran_out_of_memory_is_explained(daemon: Wherryd) -> None:
+    hungry = "x=aaaaaaaaaaaaaaaaaaaa; while :; do x=$x$x; done"
+    daemon.ctr("run", "-d", "--memory-limit", str(16 << 20), BUSYBOX, "hungry", "sh", "-c", hungry)
+
+    async def explain() -> Ending | None:
+        async with await connect(daemon.address) as client:
+            assert (await client.tasks.wait("hungry")).status == 137
+            return await client.tasks.explain("hungry")
+
+    ending = asyncio.run(explain())
+    assert ending is not None
+    assert re.fullmatch(
+        rf"out of memory: the limit of cgroup \S*/hungry was reached, the kernel killed sh \(pid {ending.pid}\)",
+        ending.reason,
+    )
+    assert (ending.status, ending.reason in daemon.log_text()) == (137, True)
+    daemon.ctr("task", "delete", "hungry", check=False)
+    daemon.ctr("containers", "delete", "hungry")
+    daemon.ctr("run", "-d", BUSYBOX, "content", "sleep", "1000")
+
+    async def of_one_that_runs() -> Ending | None:
+        async with await connect(daemon.address) as client:
+            return await client.tasks.explain("content")
+
+    assert asyncio.run(of_one_that_runs()) is None
+    daemon.ctr("task", "delete", "--force", "content", check=False)
+    daemon.ctr("containers", "delete", "content")
