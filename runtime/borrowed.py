@@ -25,6 +25,7 @@ import fcntl
 import os
 import struct
 
+from wherry.core.failpoints import reach
 from wherry.linux import process, vfork
 from wherry.linux import syscalls as sc
 from wherry.runtime import hooks, init, make
@@ -215,6 +216,7 @@ def spawn(plan: Plan, recorded: Callable[[int], None]) -> int:
     try:
         if problems:
             raise ContainerError(make.FAILED_START + problems[0])
+        reach("runtime.borrowed.waits")
         recorded(pid)
         os.write(opened, b"\0")
     except BaseException:
@@ -235,6 +237,7 @@ def _spawn(plan: Plan, gate: int, problems: list[str]) -> int:
             init.isolate(plan, channel)
             make.limit_score(plan, "self")
             init.enter_namespaces(plan)
+            reach("runtime.borrowed.namespaces")
             init.build(plan, channel)
             make.limit(plan, 0)
             phase = ""

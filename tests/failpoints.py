@@ -73,6 +73,7 @@ POINTS: Final = [
     *_points("shim", KEPT, "shim.shutdown.asked", "shim.shutdown.emptied", "shim.shutdown.unlinked"),
     *_points("runtime", GONE, "runtime.create.mounted", "runtime.create.taken", "runtime.create.cgroup"),
     *_points("runtime", GONE, "runtime.create.recorded", "runtime.answering"),
+    *_points("runtime", GONE, "runtime.borrowed.namespaces", "runtime.borrowed.waits"),
     # of the exec: where the container has no hooks its own first process isn't forked
     *_points("runtime", KEPT, "runtime.forked", "runtime.child.born", "runtime.child.ready", "runtime.recorded"),
     # of the container itself
