@@ -9,8 +9,12 @@ and `(signature, value)` for variants.
 from __future__ import annotations
 
 import _socket
+import ctypes
 import os
 import struct
+import time
+
+from wherry.linux import syscalls as sc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -166,6 +170,10 @@ class Message:
         return str(self.fields.get(_MEMBER, ""))
 
 
+_SIOCOUTQ = 0x5411
+_READ_LOOKS, _READ_PAUSE = 2000, 0.001  # seconds
+
+
 class Connection:
     """One connection. bus: whether a message bus is at the other end (it wants to be greeted), or a peer itself."""
 
@@ -198,6 +206,18 @@ class Connection:
         if not line.startswith(b"OK"):
             raise DBusError("org.freedesktop.DBus.Error.AuthFailed", line.decode("ascii", "replace").strip())
         self._sock.sendall(b"BEGIN\r\n")
+        if not self._bus:
+            self._wait_until_read()
+
+    def _wait_until_read(self) -> None:
+        """systemd's private socket loses a wake-up for what it reads together with BEGIN, and then answers nobody: so
+        the first message goes when BEGIN has been read (tcp(7)'s SIOCOUTQ: what the other side hasn't taken yet)."""
+        left = ctypes.c_int(1)
+        for _ in range(_READ_LOOKS):
+            sc.ioctl(self._sock.fileno(), _SIOCOUTQ, left)
+            if left.value == 0:
+                return
+            time.sleep(_READ_PAUSE)
 
     def _more(self) -> bytes:
         chunk = self._sock.recv(65536)

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     gc.disable()  # a short life: what it would free, exit frees
+    _open_streams()
     code = _main(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -34,6 +35,19 @@ def main(argv: list[str] | None = None) -> int:
         code = code or 1
     # The interpreter's own end takes 2 ms to free what the kernel frees at once; there are no threads to wait for.
     os._exit(code)
+
+
+def _open_streams() -> None:
+    """A caller may have closed 0, 1 or 2, and then files of ours would take their place: the null device does."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDWR)  # the lowest number that is free is this one
+            os.set_inheritable(fd, True)
+    if sys.stdout is None or sys.stderr is None:
+        sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+        sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _main(words: list[str]) -> int:

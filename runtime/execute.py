@@ -46,6 +46,10 @@ def exec_process(request: ExecRequest) -> int:
         paths = _sub_cgroups(found.cgroup_paths, request.sub_cgroups)
         plan.cgroup = cgroups.restore(paths) if paths else None
         plan.cgroup_fd = plan.cgroup.clone_fd() if plan.cgroup else -1
+        if found.unit and os.geteuid():
+            from wherry.linux.cgroups import systemd
+
+            plan.unit = systemd.Unit(found.unit, user=True)
         prepare.open_console(plan, request.console_socket, request.console_fd)
         prepare.compile_seccomp(plan)
 
@@ -155,6 +159,8 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
     """The child's life; never returns. `error` is followed by exec's end, success by execve closing the channel."""
     try:
         init.isolate(plan, channel)
+        if "user" in plan.joined and os.geteuid():
+            _enter_user_namespace(plan, channel)
         label = kernel.open_label(plan.process)  # of the host's /proc: the container's could be a fake
         namespaces.join(plan.joined)
         plan.joined = {}
@@ -187,3 +193,18 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
         finally:
             os._exit(255)
     os._exit(255)  # execve returns only by raising
+
+
+def _enter_user_namespace(plan: Plan, channel: Channel) -> None:
+    """An ordinary user's way: who has joined the user namespace has the right to join the pid namespace, which is then
+    the next child's. So this process is one in between, and only its child returns."""
+    namespaces.join({"user": plan.joined.pop("user")})
+    pid_fd = plan.joined.pop("pid", -1)
+    if pid_fd >= 0:
+        sc.setns(pid_fd, sc.CLONE_NEWPID)
+        os.close(pid_fd)
+    pid = os.fork()
+    if pid:
+        channel.send("child", pid)
+        os._exit(0)
+    os.setsid()

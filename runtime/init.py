@@ -5,6 +5,8 @@
     runtime                                         init
       │  fork (new pid namespace, its cgroup)        │
       ├─────────────────────────────────────────────▶│
+      │◀─────────── cgroup ──────────────────────────┤ (only where systemd must move it, for an ordinary user)
+      ├──── go ─────────────────────────────────────▶│
       │                                              │ joins its cgroup (v1), joins and makes namespaces
       │      (only with a user namespace:            │
       │◀──────────── map ────────────────────────────┤
@@ -104,7 +106,10 @@ def isolate(plan: Plan, channel: Channel) -> None:
     os.setsid()
     # Nobody in a namespace that we join may trace us or read our /proc before the program runs (CVE-2016-9962).
     process.set_dumpable(False)
-    if plan.cgroup is not None and plan.cgroup_fd < 0:
+    if plan.moved_by_systemd:
+        channel.send("cgroup")
+        channel.expect("go")
+    elif plan.cgroup is not None and plan.cgroup_fd < 0:
         plan.cgroup.join()
 
 

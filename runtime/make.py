@@ -36,7 +36,8 @@ def spawn(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channe
     """
     ours, theirs = channels.pair()
     restore: list[tuple[int, int]] = []
-    in_between = "user" in plan.kinds and not plan.is_exec
+    # root may join a container's pid namespace before its user namespace, another user only after it
+    in_between = "user" in plan.kinds and (not plan.is_exec or os.geteuid() != 0)
     flags = 0
     try:
         if not in_between:
@@ -45,7 +46,7 @@ def spawn(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channe
             restore.append((os.open("/proc/self/ns/time", os.O_RDONLY | os.O_CLOEXEC), sc.CLONE_NEWTIME))
             sc.unshare(sc.CLONE_NEWTIME)
             kernel.write_time_offsets(plan.linux, plan.new)
-        pid = sc.fork(flags, plan.cgroup_fd)
+        pid = _fork(plan, flags)
         if pid == 0:
             ours.close()
             reach("runtime.child.born")
@@ -60,6 +61,19 @@ def spawn(plan: Plan, body: Callable[[Plan, Channel], Any]) -> tuple[int, Channe
             _go_back(fd, kind)
             os.close(fd)
     return pid, ours
+
+
+def _fork(plan: Plan, flags: int) -> int:
+    try:
+        return sc.fork(flags, plan.cgroup_fd)
+    except PermissionError:
+        if plan.unit is None or plan.cgroup_fd < 0:
+            raise
+    # An ordinary user may move nobody out of the cgroup that we are in, and systemd may: the child asks for it.
+    os.close(plan.cgroup_fd)
+    plan.cgroup_fd = -1
+    plan.moved_by_systemd = True
+    return sc.fork(flags)
 
 
 def _go_back(fd: int, kind: int) -> None:
@@ -108,7 +122,7 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
                 limit(plan, child)
                 limit_score(plan, child)
                 channel.send("go")
-            elif kind in ("map", "hooks", "network", "seccomp"):
+            elif kind in ("cgroup", "map", "hooks", "network", "seccomp"):
                 _serve(plan, child, kind, value)
                 channel.send("mapped" if kind == "map" else "go")
             elif kind == "waiting":
@@ -127,6 +141,9 @@ def converse(plan: Plan, pid: int, channel: Channel, recorded: Callable[[int], N
 
 def _serve(plan: Plan, pid: int, kind: str, value: Any) -> None:
     """What a child asks for that not every configuration has."""
+    if kind == "cgroup":
+        _move_by_systemd(plan, pid)
+        return
     if kind == "map":
         _write_mappings(pid, plan.linux)
         return
@@ -142,6 +159,15 @@ def _serve(plan: Plan, pid: int, kind: str, value: Any) -> None:
             listener.send(plan, pid, int(value))
     except ContainerError as error:
         raise ContainerError(FAILED_START + error.message) from None
+
+
+def _move_by_systemd(plan: Plan, pid: int) -> None:
+    from wherry.linux.dbus import DBusError  # noqa: PLC0415
+
+    try:
+        plan.unit.attach(pid)
+    except DBusError as error:
+        raise ContainerError(f"{FAILED_START}unable to attach to unit {plan.unit.name!r}: {error}") from None
 
 
 def abandon(pid: int, channel: Channel) -> None:

@@ -38,6 +38,7 @@ class Plan:
         self.cgroup_fd = -1
         self.unit: Any = None  # `cgroups.systemd.Unit`, where systemd makes the cgroup, in this slice
         self.slice = ""
+        self.moved_by_systemd = False  # the child can't be born into the cgroup, nor enter it by itself
         self.fresh_cgroup = False  # made by us: to be removed if the container can't be made
         self.lock: Any = None  # `state.Lock`, held while the container is made
         self.fifo = -1

@@ -145,6 +145,14 @@ class Unit:
             os.waitpid(self._placeholder, 0)
             self._placeholder, self._leash = 0, -1
 
+    def attach(self, pid: int) -> None:
+        """Have systemd move a process into the unit's cgroup. DBusError, TimeoutError."""
+        bus = connect(user=self.user)
+        try:
+            bus.call(_NAME, _PATH, _MANAGER, "AttachProcessesToUnit", "ssau", self.name, "", [pid])
+        finally:
+            bus.close()
+
     def stop(self) -> None:
         """Stop the unit and forget that it failed; one that is gone is fine."""
         try:

@@ -107,7 +107,8 @@ class CgroupV2(Cgroup):
             self._explain(error)
             raise
         rules = resources.get("devices")
-        if rules is not None and not host().user_namespace:
+        # An ordinary user may not load programs, and has no devices to lose that the filter could keep from it.
+        if rules is not None and not host().user_namespace and os.geteuid() == 0:
             device_filter.attach(self._directory, devices.effective_rules(rules), fresh=self._fresh)
             self._fresh = False
 

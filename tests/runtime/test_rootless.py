@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ class User:
         self.home = home
         self.bundle = Bundle(home, rootfs)
 
-    def run(self, change: Callable[[Spec], object], *, prefix: str = "") -> subprocess.CompletedProcess[str]:
+    def run(self, change: Callable[[Spec], object], *words: str, prefix: str = "") -> subprocess.CompletedProcess[str]:
+        """`run one`, or with `words` another command; the configuration is written for it."""
         spec_home = self.home / "config.json"
 
         def rootless(spec: Spec) -> None:
@@ -40,10 +42,9 @@ class User:
 
         self.bundle.write(rootless)
         os.chmod(spec_home, 0o644)
-        words = [_python(), "-m", "wherry.runtime.command", "--root", str(self.home / "state"), "run", "one"]
-        command = (
-            f"{prefix} cd {self.home}; exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups {' '.join(words)}"
-        )
+        said = words or ("run", "one")
+        line = shlex.join([_python(), "-m", "wherry.runtime.command", "--root", str(self.home / "state"), *said])
+        command = f"{prefix} cd {self.home}; exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups {line}"
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(self.home / "lib"), "HOME": "/"}
         return subprocess.run(
             ["unshare", "--mount", "sh", "-ec", command],
@@ -79,6 +80,27 @@ def command(script: str) -> Callable[[Spec], object]:
 def test_a_container_of_an_ordinary_user(user: User) -> None:
     done = user.run(command("id -u; cat /proc/self/setgroups; hostname; exit 7"))
     assert (done.stdout.split(), done.returncode) == (["0", "deny", "wherry"], 7), done.stderr
+    assert os.listdir(user.home / "state") == []
+
+
+def test_exec_pause_and_delete(user: User) -> None:
+    """The pid namespace is joined by way of the user namespace. Without a cgroup nothing can be frozen, and it says
+    so. (The caller has closed its streams, too.)"""
+    background = command("exec sleep 100")
+    started = user.run(
+        background, "run", "--detach", "--pid-file", str(user.home / "pid"), "one", prefix="exec >&- 2>&-;"
+    )
+    assert started.returncode == 0
+    try:
+        entered = user.run(background, "exec", "one", "sh", "-c", "echo $$ $(id -u) $(cat /proc/1/comm); exit 4")
+        assert entered.returncode == 4, entered.stderr
+        pid, uid, first = entered.stdout.split()
+        assert (int(pid) > 1, uid, first) == (True, "0", "sleep")
+        assert "no cgroup" in user.run(background, "pause", "one").stderr
+        missing = user.run(background, "exec", "one", "nosuch")
+        assert (missing.returncode, "executable file not found" in missing.stderr) == (255, True)
+    finally:
+        assert user.run(background, "delete", "--force", "one").returncode == 0
     assert os.listdir(user.home / "state") == []
 
 
