@@ -235,7 +235,9 @@ class TransferService:
         stream = self._streams.get(call.namespace, archive.stream)
         call.progress.say("Importing")
         try:
-            importer = Importer(self._content, call.namespace, call.lease, compress=archive.force_compress)
+            importer = Importer(
+                self._content, call.namespace, call.lease, self._limits, compress=archive.force_compress
+            )
             index, images = await importer.read(decompressed(receive_bytes(stream)))
         finally:
             stream.close()

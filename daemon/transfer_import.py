@@ -17,10 +17,12 @@ from wherry.core.digest import Digest
 from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
 from wherry.core.labels import UNCOMPRESSED
 from wherry.core.platforms import Platform
+from wherry.daemon.config import Limits
 from wherry.daemon.content import ContentStore
 from wherry.daemon.transfer_archive import ArchiveReader, Member
 from wherry.daemon.transfer_image import MAX_DOCUMENT, parse_document
 from wherry.proto import transfer_types_pb2 as types
+from wherry.snapshotter.limits import too_many
 
 # what containerd writes and reads: the image's full name, and its tag
 NAME = "io.containerd.image.name"
@@ -33,8 +35,11 @@ _DOCUMENTS = frozenset({"index.json", "oci-layout", "manifest.json", "repositori
 class Importer:
     """Reads one archive into the content store."""
 
-    def __init__(self, content: ContentStore, namespace: str, lease: str, *, compress: bool = False) -> None:
+    def __init__(
+        self, content: ContentStore, namespace: str, lease: str, limits: Limits, *, compress: bool = False
+    ) -> None:
         """`compress` has plain layers of Docker's archives stored gzipped."""
+        self._limits = limits
         self._compress = compress
         self._content = content
         self._namespace = namespace
@@ -77,6 +82,9 @@ class Importer:
                 raise ResourceExhausted(f"{member.name} has {member.size} bytes: resource exhausted")
             self._documents[member.name] = b"".join([chunk async for chunk in reader.content()])
             return
+        # a few bytes of a compressed archive may stand for very many
+        if 0 < self._limits.layer_bytes < member.size:
+            raise too_many(f"{member.name} has {member.size} bytes", self._limits.layer_bytes, "layer_bytes")
         expected = self._expected(member.name)
         ref = f"import-{secrets.token_hex(8)}"
         head = b""

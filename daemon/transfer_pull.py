@@ -23,7 +23,6 @@ from wherry.daemon.content import ContentStore
 from wherry.daemon.content_writer import ContentWriter
 from wherry.daemon.transfer_growing import Growing
 from wherry.daemon.transfer_image import (
-    MAX_DOCUMENT,
     Selection,
     add_labels,
     check_depth,
@@ -157,7 +156,8 @@ class Tree:
         if not (mediatypes.is_index(kind) or mediatypes.is_manifest(kind)):
             return
         wanted = self._wanted
-        data = await self._content.read_all(wanted.namespace, descriptor.digest, MAX_DOCUMENT)
+        # its size was looked at before it was fetched
+        data = await self._content.read_all(wanted.namespace, descriptor.digest, descriptor.size)
         children = children_of(parse_document(data, descriptor), descriptor)
         self._count(descriptor, len(children))
         self._progress.children(descriptor, children)
@@ -198,7 +198,7 @@ class Tree:
             self._have(layer)
         await self._ready(config)
         if self._wanted.unpacks and mediatypes.is_config(config.media_type):
-            data = await self._content.read_all(self._wanted.namespace, config.digest, MAX_DOCUMENT)
+            data = await self._content.read_all(self._wanted.namespace, config.digest, config.size)
             await self._start_unpacks(config, parse_document(data, config), layers, platform)
 
     async def _start_unpacks(

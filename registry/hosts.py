@@ -235,8 +235,8 @@ def _client(where: str, folder: str, value: object) -> tuple[tuple[str, str], ..
 def _seconds(where: str, value: object) -> float:
     if value is None:
         return DIAL_SECONDS
-    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-    match = re.fullmatch(r"([0-9.]+)(ms|s|m|h)", str(value))
-    if match is None:
+    units = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|\u00b5s|ms|s|m|h)", str(value))
+    if not parts or "".join(number + unit for number, unit in parts) != str(value):
         raise InvalidArgument(f"{where}: dial_timeout {value!r} is no duration: invalid argument")
-    return float(match[1]) * units[match[2]]
+    return sum(float(number) * units[unit] for number, unit in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from tests.registry.certificates import Authority, token
-from tests.registry.conftest import Handler, Server, running_registry
+from tests.registry.conftest import Handler, Server, free_port, running_registry
 from tests.registry.test_registry import BLOB, LAYER, content, fetched, push_image
 from wherry.core.errors import FailedPrecondition, InvalidArgument, Unauthenticated, Unavailable
 from wherry.registry.credentials import Credential, Credentials, fixed
@@ -123,6 +124,55 @@ async def test_plain_http_where_tls_was_configured(registry: str, authority: Aut
     text = f'server = "http://{registry}"\nca = "{authority.cert}"\n'
     async with Resolver(hosts_from(tmp_path, "team.example", text)) as resolver:
         await push_image(resolver, "team.example/plain/app:v1")
+
+
+async def test_a_redirect_takes_nothing_private_along(authority: Authority, tmp_path: Path) -> None:
+    """To another host with TLS: its authority counts there, too, the client's certificate and the rest stay."""
+    cert, key = authority.issue("both", "IP:127.0.0.1")
+    own, own_key = authority.issue("me")
+    seen: dict[str, list[tuple[bool, dict[str, str]]]] = {"registry": [], "storage": []}
+    runners = []
+    ports = {}
+
+    async def start(name: str, answer: Callable[[], web.Response]) -> None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.cert))
+        context.load_cert_chain(cert, key)
+        context.verify_mode = ssl.CERT_OPTIONAL
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            assert request.transport is not None
+            shown = bool(request.transport.get_extra_info("peercert"))
+            seen[name].append((shown, dict(request.headers)))
+            if name == "registry" and "Authorization" not in request.headers:
+                return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="x"'})
+            return answer()
+
+        app = web.Application()
+        app.router.add_route("*", "/{tail:.*}", handle)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        runners.append(runner)
+        ports[name] = free_port()
+        await web.TCPSite(runner, "127.0.0.1", ports[name], ssl_context=context).start()
+
+    await start("storage", lambda: web.Response(body=BLOB))
+    target = f"https://127.0.0.1:{ports['storage']}/blob"
+    await start("registry", lambda: web.Response(status=307, headers={"Location": target}))
+    server = f"https://127.0.0.1:{ports['registry']}"
+    text = (
+        f'server = "{server}"\nca = "{authority.cert}"\nclient = [["{own}", "{own_key}"]]\n[header]\nx-secret = "1"\n'
+    )
+    name = f"127.0.0.1:{ports['registry']}"
+    async with Resolver(hosts_from(tmp_path, name, text), fixed("me", "secret")) as resolver:
+        assert await fetched(resolver, f"{name}/a:b", LAYER) == BLOB
+    for runner in runners:
+        await runner.cleanup()
+    shown, headers = seen["registry"][-1]
+    assert shown
+    assert headers["x-secret"] == "1"
+    ((shown, headers),) = seen["storage"]
+    assert not shown
+    assert not {"authorization", "x-secret"} & {key.lower() for key in headers}
 
 
 # -- mirrors

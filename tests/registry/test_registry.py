@@ -375,7 +375,28 @@ def test_hosts_without_a_file(tmp_path: Path) -> None:
     assert hosts_for("r.example", config_dir=str(tmp_path))[0].ca == (str(folder / "ca.crt"),)
 
 
-@pytest.mark.parametrize("bad", ["x = [", 'capabilities = ["fly"]', 'server = "ftp://x"', "host = 1", "client = 3"])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1m30s", 90), ("1.5s", 1.5), ("300us", 0.0003), (".5h", 1800), ("2s", 2)]
+)
+def test_durations_are_gos(tmp_path: Path, text: str, seconds: float) -> None:
+    (tmp_path / "_default").mkdir()
+    (tmp_path / "_default" / "hosts.toml").write_text(f'dial_timeout = "{text}"')
+    (host,) = hosts_for("x.example", config_dir=str(tmp_path))
+    assert host.dial_seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        'dial_timeout = "1 s"',
+        'dial_timeout = ""',
+        "x = [",
+        'capabilities = ["fly"]',
+        'server = "ftp://x"',
+        "host = 1",
+        "client = 3",
+    ],
+)
 def test_a_wrong_file_is_named(tmp_path: Path, bad: str) -> None:
     folder = tmp_path / "_default"
     folder.mkdir()
