@@ -202,7 +202,7 @@ class Tasks:
 
     async def explain(self, container: str, exec_id: str = "") -> Ending | None:
         """How a process ended, None while it hasn't; wherryd alone knows this call. Raises NotFound, Unimplemented."""
-        from wherry.proto import wherry_tasks_pb2 as explain_pb  # noqa: PLC0415 - for the few who ask
+        from wherry.proto import wherry_tasks_pb2 as explain_pb
 
         request = explain_pb.ExplainRequest(container_id=container, exec_id=exec_id)
         answer = await self._calls.unary(f"{_EXPLAIN}/Explain", request, explain_pb.ExplainResponse)
