@@ -91,6 +91,7 @@ DAEMON = (
     _verb("info", "system", "show what the daemon is and has"),
     Group(("system",), "system", "disk usage, clean-up"),
     Group(("events", "event"), "events", "show what happens as it happens", single=True),
+    _verb("trace", "trace", "show what the engine does for a command, call by call"),
     _verb("completion", "completion", "print a script that completes this command"),
     _verb("man", "man", "print a manual page"),
     _verb("version", "version", "versions of client and daemon"),
