@@ -143,11 +143,12 @@ def open_label(process: dict[str, Any]) -> int:
 def write_label(fd: int, process: dict[str, Any]) -> None:
     if fd < 0:
         return
+    profile = process.get("apparmorProfile")
     try:
-        profile = process.get("apparmorProfile")
         os.write(fd, (f"exec {profile}" if profile else process["selinuxLabel"]).encode())
     except OSError as error:
-        raise ContainerError(f"can't set the label for exec: {error.strerror}") from None
+        what = f"apply apparmor profile {profile}" if profile else f"set selinux label {process['selinuxLabel']}"
+        raise ContainerError(f"unable to {what}: {(error.strerror or '').lower()}") from None
     finally:
         os.close(fd)
 

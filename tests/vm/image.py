@@ -23,9 +23,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "apparmor base-files base-passwd bash busybox-static coreutils criu crun dbus findutils grep gzip iproute2 iptables kmod "
-    "libc-bin libseccomp2 libstdc++6 linux-image-cloud-amd64 mount procps python3 runc sed systemd systemd-sysv tar udev "
-    "uidmap util-linux"
+    "apparmor base-files base-passwd bash busybox-static coreutils criu crun dbus findutils grep gzip iproute2 "
+    "iptables kmod libc-bin libseccomp2 libstdc++6 linux-image-cloud-amd64 mount procps python3 runc sed systemd "
+    "systemd-sysv tar udev uidmap util-linux"
 )
 #: Pulled in by dependencies of scripts that never run here.
 _LEFT_OUT = ("perl", "libperl", "usrmerge", "debconf", "initramfs-tools", "klibc", "libklibc", "adduser", "gcc-12-base")
@@ -36,8 +36,23 @@ _KEPT_SECONDS = 3600
 PYTHON = "3.11"
 SITE = f"opt/wherry/lib/python{PYTHON}/site-packages"
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console")
-_MODULE_FOLDERS = ("arch", "block", "crypto", "lib", "fs/overlayfs", "fs/fuse", "drivers/virtio", "drivers/block", "net")
-_MODULE_FILES = ("drivers/char/virtio_console.ko", "drivers/net/dummy.ko", "drivers/net/veth.ko", "drivers/char/hw_random")
+_MODULE_FOLDERS = (
+    "arch",
+    "block",
+    "crypto",
+    "lib",
+    "fs/overlayfs",
+    "fs/fuse",
+    "drivers/virtio",
+    "drivers/block",
+    "net",
+)
+_MODULE_FILES = (
+    "drivers/char/virtio_console.ko",
+    "drivers/net/dummy.ko",
+    "drivers/net/veth.ko",
+    "drivers/char/hw_random",
+)
 _IPTABLES = ("", "-save", "-restore")
 #: Units that only cost time in a machine that lives for a minute.
 _MASKED = (
