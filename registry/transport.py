@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
@@ -36,6 +37,8 @@ MAX_REDIRECTS = 10
 IDLE_SECONDS = 60.0
 # seconds until the head of an answer must have come, where nothing but the request was sent
 HEAD_SECONDS = 120.0
+# how many times as long a registry may take over what it was sent
+STORING = 5
 # bytes of an error's body or a token's answer that are read
 MAX_ANSWER = 1 << 20
 # bytes that aiohttp reads ahead for each body
@@ -200,20 +203,27 @@ class Transport:
             _ = address.host, address.port
         except ValueError as error:
             raise Hopeless(f"{method} {url[:200]}: {error}") from error
-        # a body takes the time that it takes; an answer to a mere question may not trickle in for ever
-        async with asyncio.timeout(None if body is not None else HEAD_SECONDS):
-            return await self._open().request(
-                method,
-                address,
-                headers=headers,
-                data=body() if body is not None else None,
-                allow_redirects=False,
-                ssl=self._context(host, at_home=at_home),
-                proxy=host.proxy or None,
-                timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=host.dial_seconds, sock_read=IDLE_SECONDS, connect=None
-                ),
-            )
+        made = body() if body is not None else None
+        flow = None if made is None or isinstance(made, bytes) else _Flow(made)
+        # what was uploaded may have to be put together before the answer comes
+        patience = 1 if body is None else STORING
+        sending = self._open().request(
+            method,
+            address,
+            headers=headers,
+            data=made if flow is None else flow.chunks(),
+            allow_redirects=False,
+            ssl=self._context(host, at_home=at_home),
+            proxy=host.proxy or None,
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=host.dial_seconds, sock_read=IDLE_SECONDS * patience, connect=None
+            ),
+        )
+        if flow is not None:
+            return await flow.watch(asyncio.ensure_future(sending))
+        # an answer to a mere question may not trickle in for ever
+        async with asyncio.timeout(HEAD_SECONDS * patience):
+            return await sending
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -303,6 +313,36 @@ def joined(url: str, location: str) -> str:
         return str(URL(found, encoded=True)) if "://" in found else found
     except ValueError as error:
         raise Hopeless(f"{url}: leads to {location[:200]!r}, which is no web address") from error
+
+
+class _Flow:
+    """A body on its way: it takes the time that it takes, but the peer must take it in."""
+
+    def __init__(self, body: AsyncIterator[bytes]) -> None:
+        self._body = body
+        # since when (monotonic) the peer has a chunk to take; None while the source is waited for, and at the end
+        self._since: float | None = None
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body, watched."""
+        async for chunk in self._body:
+            self._since = time.monotonic()
+            yield chunk
+            self._since = None
+
+    async def watch(self, sending: asyncio.Future[aiohttp.ClientResponse]) -> aiohttp.ClientResponse:
+        """The answer. Raises TimeoutError where the peer takes nothing in for `IDLE_SECONDS`."""
+        try:
+            while True:
+                done, _ = await asyncio.wait({sending}, timeout=IDLE_SECONDS / 4)
+                if done:
+                    return sending.result()
+                if self._since is not None and time.monotonic() - self._since >= IDLE_SECONDS:
+                    raise TimeoutError
+        finally:
+            if not sending.done():
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
 
 from tests.registry.test_broken import Serve, address_of, at
 from tests.registry.test_registry import BLOB, LAYER, content, fetched
+from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest
-from wherry.registry import retry
+from wherry.core.errors import DeadlineExceeded, Unavailable
+from wherry.registry import retry, transport
 from wherry.registry.hosts import Host
 from wherry.registry.pusher import Pusher
 from wherry.registry.resolver import Resolver
@@ -128,3 +131,52 @@ async def test_a_real_registry_that_is_cut_off(serve: Serve, registry: str) -> N
     server.close()
     async with Resolver() as resolver:
         assert await fetched(resolver, f"{registry}/cut/off:v1", LAYER) == BLOB
+
+
+async def test_uploads_may_take_long_as_long_as_they_move(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(transport, "HEAD_SECONDS", 0.5)
+    uploads = Uploads()
+
+    async def slowly(offset: int) -> AsyncIterator[bytes]:
+        for start in range(offset, len(BLOB), 20_000):
+            yield BLOB[start : start + 20_000]
+            await asyncio.sleep(0.1)
+
+    server = await serve(uploads.handle)
+    async with at(server) as resolver:
+        assert await resolver.pusher(f"{server.address}/x:y").push(LAYER, slowly)
+    assert uploads.done == BLOB
+    assert uploads.opened == 1
+
+
+async def test_who_takes_nothing_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "IDLE_SECONDS", 0.3)
+    ends = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"HEAD"):
+            writer.write(b"HTTP/1.1 404 X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        elif head.startswith(b"POST"):
+            writer.write(b"HTTP/1.1 202 X\r\nLocation: /up\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        else:
+            # the connection is open, and nobody reads from it
+            await ends.wait()
+        await writer.drain()
+        writer.close()
+
+    async def much(offset: int) -> AsyncIterator[bytes]:
+        for _ in range(400):
+            yield bytes(100_000)
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 12)
+    address = address_of(server)
+    large = Descriptor(LAYER.media_type, LAYER.digest, 40_000_000)
+    try:
+        async with Resolver(lambda name: [Host("http", address)]) as resolver:
+            with pytest.raises((DeadlineExceeded, Unavailable)):
+                await resolver.pusher(f"{address}/x:y").push(large, much)
+    finally:
+        ends.set()
+        server.close()
