@@ -42,4 +42,4 @@ def entries() -> Iterator[Entry]:
             if group.single:
                 yield Entry((group.names[0],), command, None)
             else:
-                yield Entry((group.names[-1] if group.bare else group.names[0], command.names[0]), command, group)
+                yield Entry((group.names[0], command.names[0]), command, group)

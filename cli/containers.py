@@ -119,12 +119,29 @@ COMMANDS = [
     *ctr_run.COMMANDS,
     Command(("list", "ls"), "list containers", list_, _list_options, "wherry containers ls 'labels.app==web'"),
     Command(
-        ("create",), "make a container without starting it", create, _create_options,
+        ("create",),
+        "make a container without starting it",
+        create,
+        _create_options,
         "wherry containers create docker.io/library/redis:7 cache",
     ),
     inspect.command("container"),
     system.CONTAINER_PRUNE,
-    Command(("info",), "show everything about a container (JSON)", info, _info_options),
-    Command(("label",), "set and take away labels", label, _label_options),
-    Command(("delete", "del", "remove", "rm"), "remove containers and their file systems", delete, _delete_options),
-]  # fmt: skip
+    Command(
+        ("info",),
+        "show everything about a container (JSON)",
+        info,
+        _info_options,
+        example="wherry containers info --spec cache",
+    ),
+    Command(
+        ("label",), "set and take away labels", label, _label_options, example="wherry containers label cache team=a"
+    ),
+    Command(
+        ("delete", "del", "remove", "rm"),
+        "remove containers and their file systems",
+        delete,
+        _delete_options,
+        example="wherry containers rm cache",
+    ),
+]

@@ -188,13 +188,33 @@ def _prune_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = [
-    Command(("list", "ls"), "list blobs", list_, _list_options),
+    Command(("list", "ls"), "list blobs", list_, _list_options, example="wherry content ls"),
     Command(("get",), "write blobs to the output", get, _digests, "wherry content get sha256:… | jq ."),
-    Command(("ingest",), "store what comes on the input", ingest, _ingest_options),
-    Command(("active",), "list uploads", active, _active_options),
-    Command(("abort",), "throw uploads away", abort, _abort_options),
-    Command(("edit",), "change a blob in an editor (it gets a new digest)", edit, _edit_options),
-    Command(("label",), "set and take away labels", label, _label_options),
-    Command(("prune",), "let layers go whose snapshots are there", prune, _prune_options),
-    Command(("delete", "del", "remove", "rm"), "remove blobs", delete, _digests),
+    Command(
+        ("ingest",),
+        "store what comes on the input",
+        ingest,
+        _ingest_options,
+        example="wherry content ingest my-blob < file",
+    ),
+    Command(("active",), "list uploads", active, _active_options, example="wherry content active"),
+    Command(("abort",), "throw uploads away", abort, _abort_options, example="wherry content abort my-upload"),
+    Command(
+        ("edit",),
+        "change a blob in an editor (it gets a new digest)",
+        edit,
+        _edit_options,
+        example="wherry content edit sha256:…",
+    ),
+    Command(
+        ("label",), "set and take away labels", label, _label_options, example="wherry content label sha256:… team=a"
+    ),
+    Command(
+        ("prune",),
+        "let layers go whose snapshots are there",
+        prune,
+        _prune_options,
+        example="wherry content prune references",
+    ),
+    Command(("delete", "del", "remove", "rm"), "remove blobs", delete, _digests, example="wherry content rm sha256:…"),
 ]

@@ -187,5 +187,5 @@ COMMANDS = [
     Command(("import",), "read images from an archive", import_, _import_options, "wherry images import box.tar"),
     Command(("export",), "write images to an archive", export, _export_options, "wherry images export box.tar box"),
     Command(("mount",), "mount an image on a folder", mount_, _mount_options, "wherry images mount busybox /mnt"),
-    Command(("unmount",), "undo mount", unmount, _unmount_options),
+    Command(("unmount",), "undo mount", unmount, _unmount_options, example="wherry images unmount /mnt"),
 ]

@@ -222,13 +222,33 @@ COMMANDS = [
     *pull.COMMANDS,
     *push.COMMANDS,
     *registries.COMMANDS,
-    Command(("check",), "say whether images are complete and unpacked", check, _check_options),
-    Command(("tag",), "give an image further names", tag, _tag_options),
-    Command(("label",), "set and take away labels", label, _label_options),
-    Command(("usage",), "show what an image uses", usage, _usage_options),
+    Command(
+        ("check",), "say whether images are complete and unpacked", check, _check_options, example="wherry images check"
+    ),
+    Command(
+        ("tag",),
+        "give an image further names",
+        tag,
+        _tag_options,
+        example="wherry images tag docker.io/library/alpine:latest registry.example/alpine:1",
+    ),
+    Command(
+        ("label",),
+        "set and take away labels",
+        label,
+        _label_options,
+        example="wherry images label docker.io/library/alpine:latest team=a",
+    ),
+    Command(("usage",), "show what an image uses", usage, _usage_options, example="wherry images usage alpine"),
     *image_files.COMMANDS,
     *image_changes.COMMANDS,
-    Command(("delete", "del", "remove", "rm"), "remove images", delete, _delete_options),
+    Command(
+        ("delete", "del", "remove", "rm"),
+        "remove images",
+        delete,
+        _delete_options,
+        example="wherry images rm --sync docker.io/library/alpine:latest",
+    ),
     inspect.command("image"),
     system.IMAGE_PRUNE,
 ]

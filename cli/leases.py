@@ -69,8 +69,14 @@ def _resources_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = [
-    Command(("list", "ls"), "list leases", list_, _list_options),
+    Command(("list", "ls"), "list leases", list_, _list_options, example="wherry leases ls"),
     Command(("create",), "make a lease", create, _create_options, "wherry leases create --id build -x 1h"),
-    Command(("delete", "del", "remove", "rm"), "end leases", delete, _delete_options),
-    Command(("resources",), "list what a lease holds", resources, _resources_options),
+    Command(("delete", "del", "remove", "rm"), "end leases", delete, _delete_options, example="wherry leases rm build"),
+    Command(
+        ("resources",),
+        "list what a lease holds",
+        resources,
+        _resources_options,
+        example="wherry leases resources build",
+    ),
 ]

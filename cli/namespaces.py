@@ -52,7 +52,17 @@ def _remove_options(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = [
     Command(("create", "c"), "make a namespace", create, _label_options, "wherry namespaces create team-a owner=ann"),
-    Command(("list", "ls"), "list namespaces", list_, lambda p: listing_options(p, quiet="names")),
-    Command(("remove", "rm"), "remove empty namespaces", remove, _remove_options),
-    Command(("label",), "set and take away labels", label, _label_options),
+    Command(
+        ("list", "ls"),
+        "list namespaces",
+        list_,
+        lambda p: listing_options(p, quiet="names"),
+        example="wherry namespaces ls",
+    ),
+    Command(
+        ("remove", "rm"), "remove empty namespaces", remove, _remove_options, example="wherry namespaces rm team-a"
+    ),
+    Command(
+        ("label",), "set and take away labels", label, _label_options, example="wherry namespaces label team-a owner=b"
+    ),
 ]

@@ -285,19 +285,56 @@ def _diff_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = [
-    Command(("list", "ls"), "list snapshots", list_, _list_options),
-    Command(("tree",), "draw which snapshot lies on which", tree, _common),
-    Command(("info",), "show a snapshot (JSON)", info, _key_options),
-    Command(("usage",), "show what snapshots use", usage, _usage_options),
+    Command(("list", "ls"), "list snapshots", list_, _list_options, example="wherry snapshots ls"),
+    Command(("tree",), "draw which snapshot lies on which", tree, _common, example="wherry snapshots tree"),
+    Command(("info",), "show a snapshot (JSON)", info, _key_options, example="wherry snapshots info cache"),
+    Command(("usage",), "show what snapshots use", usage, _usage_options, example="wherry snapshots usage cache"),
     Command(
-        ("prepare",), "make a writable snapshot", prepare, _prepare_options,
+        ("prepare",),
+        "make a writable snapshot",
+        prepare,
+        _prepare_options,
         "wherry snapshots prepare -t /mnt work sha256:… | sh",
     ),
-    Command(("view",), "make a read-only snapshot", prepare, _view_options),
-    Command(("mounts", "m", "mount"), "print the commands that mount a snapshot", mounts, _mounts_options),
-    Command(("commit",), "turn an active snapshot into a committed one", commit, _commit_options),
-    Command(("unpack",), "make the snapshots of an image's layers", unpack, _unpack_options),
-    Command(("diff",), "compute the layer between two snapshots", diff, _diff_options),
-    Command(("label",), "set and take away labels", label, _label_options),
-    Command(("delete", "del", "remove", "rm"), "remove snapshots", delete, _keys_options),
-]  # fmt: skip
+    Command(
+        ("view",), "make a read-only snapshot", prepare, _view_options, example="wherry snapshots view look sha256:…"
+    ),
+    Command(
+        ("mounts", "m", "mount"),
+        "print the commands that mount a snapshot",
+        mounts,
+        _mounts_options,
+        example="wherry snapshots mounts /mnt cache",
+    ),
+    Command(
+        ("commit",),
+        "turn an active snapshot into a committed one",
+        commit,
+        _commit_options,
+        example="wherry snapshots commit base cache",
+    ),
+    Command(
+        ("unpack",),
+        "make the snapshots of an image's layers",
+        unpack,
+        _unpack_options,
+        example="wherry snapshots unpack alpine",
+    ),
+    Command(
+        ("diff",),
+        "compute the layer between two snapshots",
+        diff,
+        _diff_options,
+        example="wherry snapshots diff cache > layer.tar.gz",
+    ),
+    Command(
+        ("label",), "set and take away labels", label, _label_options, example="wherry snapshots label cache team=a"
+    ),
+    Command(
+        ("delete", "del", "remove", "rm"),
+        "remove snapshots",
+        delete,
+        _keys_options,
+        example="wherry snapshots rm cache",
+    ),
+]

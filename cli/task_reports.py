@@ -84,7 +84,19 @@ def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = [
-    Command(("ps",), "list the processes in a container", ps, _ps_options),
-    Command(("metrics", "metric"), "show what a container uses", metrics, _metrics_options),
-    Command(("checkpoint",), "write a container's state to the content store", checkpoint, _checkpoint_options),
+    Command(("ps",), "list the processes in a container", ps, _ps_options, example="wherry tasks ps cache"),
+    Command(
+        ("metrics", "metric"),
+        "show what a container uses",
+        metrics,
+        _metrics_options,
+        example="wherry tasks metrics --format json cache",
+    ),
+    Command(
+        ("checkpoint",),
+        "write a container's state to the content store",
+        checkpoint,
+        _checkpoint_options,
+        example="wherry tasks checkpoint --exit cache",
+    ),
 ]

@@ -222,16 +222,28 @@ def _update_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = [
-    Command(("list", "ls"), "list tasks", list_, listing_options),
-    Command(("start",), "start a container that was created", start, _start_options),
+    Command(("list", "ls"), "list tasks", list_, listing_options, example="wherry tasks ls"),
     Command(
-        ("exec",), "run a further process in a container", exec_, _exec_options, "wherry tasks exec -t cache sh"
+        ("start",), "start a container that was created", start, _start_options, example="wherry tasks start -d cache"
     ),
-    Command(("attach",), "follow a container that runs", attach, _attach_options),
+    Command(("exec",), "run a further process in a container", exec_, _exec_options, "wherry tasks exec -t cache sh"),
+    Command(("attach",), "follow a container that runs", attach, _attach_options, example="wherry tasks attach cache"),
     Command(("kill",), "send a signal (TERM)", kill, _kill_options, "wherry tasks kill -s HUP web"),
-    Command(("pause",), "freeze a container", pause, _id),
-    Command(("resume",), "go on after pause", resume, _id),
+    Command(("pause",), "freeze a container", pause, _id, example="wherry tasks pause cache"),
+    Command(("resume",), "go on after pause", resume, _id, example="wherry tasks resume cache"),
     *task_reports.COMMANDS,
-    Command(("update",), "change a container's limits", update, _update_options),
-    Command(("delete", "del", "remove", "rm"), "remove tasks that ended", delete, _delete_options),
-]  # fmt: skip
+    Command(
+        ("update",),
+        "change a container's limits",
+        update,
+        _update_options,
+        example="wherry tasks update --memory 512m cache",
+    ),
+    Command(
+        ("delete", "del", "remove", "rm"),
+        "remove tasks that ended",
+        delete,
+        _delete_options,
+        example="wherry tasks rm -f cache",
+    ),
+]

@@ -36,4 +36,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("table", "json"), default="table", help="lines (default), or JSON")
 
 
-COMMANDS = [Command(("version",), "print the versions of this client and of the daemon", version, _configure)]
+COMMANDS = [
+    Command(
+        ("version",),
+        "print the versions of this client and of the daemon",
+        version,
+        _configure,
+        example="wherry version --format json",
+    )
+]

@@ -15,7 +15,9 @@ import pytest
 
 from tests.cli.conftest import Wherry
 from tests.wherryd import BUSYBOX
+from wherry.cli.catalog import entries
 from wherry.cli.command import GROUPS, main
+from wherry.cli.man import page
 from wherry.cli.output import age, size
 from wherry.cli.version import VERSION
 
@@ -210,3 +212,42 @@ def test_grpc_and_asyncio_are_not_loaded(wherry: Wherry) -> None:
 def test_sizes_and_ages_as_people_read_them() -> None:
     assert [size(n) for n in (0, 1023, 1024, 1 << 20, 5 << 40)] == ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "5.0 TiB"]
     assert age(0) == "-"
+
+
+def test_every_command_has_an_example_and_a_page() -> None:
+    found = list(entries())
+    assert len(found) > 80
+    assert [" ".join(entry.words) for entry in found if not entry.command.example] == []
+    text = page(next(entry for entry in found if entry.words == ("run",)))
+    assert '.TH "WHERRY-RUN" 1' in text
+    assert "\\-\\-memory" in text
+    assert "wherry run \\-d" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["r"], "run\trun a command in a new container"),
+        (["images", "l"], "list\tlist images"),
+        (["run", "--pull", "al"], "always\t"),
+        (["run", "--publish-a"], "--publish-all\t"),
+        (["rm", ""], "completed\t"),
+        (["run", "--env-file", ""], ":files"),
+        (["completion", "z"], "zsh\t"),
+    ],
+)
+def test_completion(wherry: Wherry, words: list[str], answer: str) -> None:
+    wherry.run("create", "--name", "completed", BUSYBOX, "true")
+    try:
+        lines = wherry.run("__complete", *words).stdout.splitlines()
+        assert any(line.startswith(answer) for line in lines), lines
+    finally:
+        wherry.run("rm", "completed")
+
+
+def test_scripts_for_shells_are_read_by_them(wherry: Wherry) -> None:
+    script = wherry.run("completion", "bash").stdout
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "#compdef wherry" in wherry.run("completion", "zsh").stdout
+    assert "complete -c wherry" in wherry.run("completion", "fish").stdout
