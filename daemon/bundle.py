@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from wherry.core.errors import AlreadyExists, InvalidArgument
 from wherry.core.failpoints import reach
@@ -102,7 +102,8 @@ class Bundle:
         """Which shim it is; our own where nothing else is recorded."""
         try:
             value = json.loads(self._read("launch.json"))
-            return Launch(**value)
+            # what a newer daemon may have added is not for this one
+            return Launch(**{field.name: value[field.name] for field in fields(Launch) if field.name in value})
         except (OSError, ValueError, KeyError, TypeError):
             return Launch("")
 

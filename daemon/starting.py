@@ -128,7 +128,7 @@ class Starter:
 
     def kill(self, shim: Shim) -> None:
         """Kill a shim of ours, and what it had forked and would go on behind a clean-up's back."""
-        kill_remains(shim.bundle.namespace, shim.launch.group or shim.bundle.id, self._places.grpc_address)
+        kill_remains(shim.bundle.namespace, _name(shim.bundle, shim.launch), self._places.grpc_address)
 
     def open_log(self, bundle: Bundle) -> ShimLog:
         """Read a stranger's log into ours."""
@@ -157,15 +157,13 @@ class Starter:
             except WherryError:
                 log.info("a group's shim has left, another is made", namespace=bundle.namespace, group=launch.group)
         # where one listens already, the fork server gives us that
-        request = self._request(bundle, launch, options, launch.group or bundle.id)
+        request = self._request(bundle, launch, options, _name(bundle, launch))
         bootstrap = await self._forks.spawn(request)
         reach("daemon.create.spawned")
         shim.bootstrap = replace(shim.bootstrap, pid=bootstrap.pid)
 
     def _socket(self, bundle: Bundle, launch: Launch) -> str:
-        # a group's is apart from that of a container of the same name
-        name = f"{launch.group}/group" if launch.group else bundle.id
-        return self._places.socket((bundle.namespace, name))
+        return self._places.socket((bundle.namespace, _name(bundle, launch)))
 
     def _foreign(self, bundle: Bundle, launch: Launch) -> ForeignShim:
         return ForeignShim(
@@ -194,3 +192,8 @@ class Starter:
             shim_cgroup=cgroup,
             state=os.path.join(self._places.runtime, bundle.namespace),
         )
+
+
+def _name(bundle: Bundle, launch: Launch) -> str:
+    """A shim's name in its title and its socket: the container's id, or its group's, which no container's equals."""
+    return f"{launch.group}/group" if launch.group else bundle.id
