@@ -24,7 +24,7 @@ from typing import Any
 
 import structlog
 
-from wherry.core import topics
+from wherry.core import places, topics
 from wherry.core.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -46,6 +46,7 @@ from wherry.daemon.network_peers import Peers
 from wherry.daemon.network_registry import Instance, Networks
 from wherry.daemon.network_settings import mac, port, settings_of
 from wherry.daemon.network_spec import Spec
+from wherry.daemon.network_user import UserNetwork
 from wherry.network.model import DEFAULT, Connection, Endpoint, Network
 from wherry.network.store import Store
 from wherry.proto import events_pb2
@@ -80,6 +81,8 @@ class NetworkManager:
         )
         self.files = Files(os.path.join(self._state, "files"), self.names)
         self.cni = CniNetworks(options, os.path.join(root, "cni"))
+        # of an ordinary user's daemon; it has no bridges
+        self.user = UserNetwork(os.path.join(self._state, "user")) if places.is_users() else None
         self._locks: dict[Key, asyncio.Lock] = {}
         self._going: dict[Key, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -196,7 +199,8 @@ class NetworkManager:
             raise InvalidArgument(f"network mode {quote(settings.mode)}: invalid argument")
         try:
             spec.name(hostname, settings.domainname)
-            self.files.write(connection, settings, hostname, self.cni.resolv_conf(connection))
+            said = self.cni.resolv_conf(connection) if self.user is None else self.user.nameservers(connection)
+            self.files.write(connection, settings, hostname, said)
         except BaseException:
             await self._release(key)
             raise
@@ -221,7 +225,7 @@ class NetworkManager:
         try:
             await self._keep_and_plug(connection)
             for endpoint in foreign:
-                await self.cni.add(connection, endpoint)
+                await (self.cni if self.user is None else self.user).add(connection, endpoint)
             reach("network.attached")
             await self.networks.work(lambda store: store.save(connection))
         except BaseException:
@@ -259,6 +263,8 @@ class NetworkManager:
         asked = list(settings.networks) or [pb.Attachment(network=DEFAULT)]
         ours: list[tuple[Network, Endpoint]] = []
         foreign: list[Endpoint] = []
+        if self.user is not None:
+            return [], [self.user.endpoint(asked[0].network, settings.mode)]
         for index, item in enumerate(asked):
             interface = item.interface or f"eth{index}"
             network = await self.network(DEFAULT if settings.mode == "bridge" else item.network)
@@ -302,7 +308,7 @@ class NetworkManager:
     def _check_ports(self, connection: Connection, ours: Sequence[Network], foreign: Sequence[Endpoint]) -> None:
         if not connection.ports:
             return
-        if not ours and foreign and not any(self.cni.publishes(item.name) for item in foreign):
+        if not ours and foreign and self.user is None and not any(self.cni.publishes(item.name) for item in foreign):
             raise InvalidArgument(
                 f"network {quote(foreign[0].name)} publishes no ports (portMappings): invalid argument"
             )
@@ -389,6 +395,9 @@ class NetworkManager:
             self._going.pop(key, None)
 
     async def _detach_cni(self, connection: Connection) -> None:
+        if self.user is not None:
+            self.user.delete(connection)
+            return
         for endpoint in connection.endpoints:
             if endpoint.kind == "cni":
                 await self.cni.delete(connection, endpoint)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from wherry.core import places
 from wherry.core.errors import AlreadyExists, FailedPrecondition, NotFound, WherryError
 from wherry.core.failpoints import reach
 from wherry.linux import syscalls as sc
@@ -63,13 +64,13 @@ class Links:
         except FileExistsError:
             raise AlreadyExists(f"network namespace {path}: already exists") from None
         try:
-            sc.unshare(sc.CLONE_NEWNET)
-            try:
-                sc.mount("/proc/self/ns/net", path, "none", sc.MS_BIND)
-                with IPRoute() as inside:
-                    inside.link("set", index=1, state="up")
-            finally:
-                sc.setns(self._host, sc.CLONE_NEWNET)
+            if places.is_users():
+                _in_child(lambda: _new_namespace(path))  # nobody in a user namespace gets back to the host's
+            else:
+                try:
+                    _new_namespace(path)
+                finally:
+                    sc.setns(self._host, sc.CLONE_NEWNET)
         except BaseException:
             self.remove_namespace(path)
             raise
@@ -295,3 +296,34 @@ def _write(path: str, value: str) -> None:
     """A setting of the kernel; one that this kernel hasn't got (no IPv6) is left out."""
     with contextlib.suppress(FileNotFoundError), open(path, "w", encoding="ascii") as file:
         file.write(value)
+
+
+def _new_namespace(path: str) -> None:
+    """This process goes into a new network namespace, which the file `path` holds from then on."""
+    sc.unshare(sc.CLONE_NEWNET)
+    sc.mount("/proc/self/ns/net", path, "none", sc.MS_BIND)
+    with IPRoute() as inside:
+        inside.link("set", index=1, state="up")
+
+
+def _in_child(work: Callable[[], None]) -> None:
+    """Do something in a child, for this process has one thread; raises OSError with what it ran into.
+
+    The answer comes by a pipe: this process ignores its children's end.
+    """
+    reader, writer = os.pipe()
+    if not os.fork():
+        code = errno.EIO
+        try:
+            work()
+            code = 0
+        except OSError as error:
+            code = error.errno or errno.EIO
+        finally:
+            os.write(writer, bytes([code]))
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        code = (answer.read(1) or bytes([errno.EIO]))[0]
+    if code:
+        raise OSError(code, os.strerror(code), "network namespace")

@@ -27,6 +27,8 @@ PACKAGES = {
     "hyperfine": "hyperfine",
     "redis-server": "redis-server",
     "redis-cli": "redis-server",
+    "pasta": "passt",
+    "slirp4netns": "slirp4netns",
     "qemu-system-x86_64": "qemu-system-x86",
     "mke2fs": "e2fsprogs",
     "newuidmap": "uidmap",

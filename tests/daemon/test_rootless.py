@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,10 +54,11 @@ class User:
         archive = self.folder / "busybox.tar"
         busybox.write_archive(archive)
         self.archive = str(archive)
+        self.more: dict[str, str] = {}
 
     def environment(self) -> dict[str, str]:
         path = f"{self.bin}:/usr/bin:/bin:/usr/sbin:/sbin"
-        return {"HOME": str(self.folder / "home"), "XDG_RUNTIME_DIR": str(self.run), "PATH": path}
+        return {"HOME": str(self.folder / "home"), "XDG_RUNTIME_DIR": str(self.run), "PATH": path, **self.more}
 
     def __call__(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--init-groups", "wherry", *args]
@@ -120,9 +123,7 @@ def test_the_main_job(barrow: User) -> None:
     assert done.returncode == 3
     assert str(barrow.uid) in done.stdout.split()
     # what runs with another id inside is an id of the user's range outside
-    assert (
-        barrow("run", "--rm", "--net", "none", "-u", "1000", busybox.NAME, "id", "-u").stdout == "1000\n"
-    )
+    assert barrow("run", "--rm", "--net", "none", "-u", "1000", busybox.NAME, "id", "-u").stdout == "1000\n"
 
 
 def test_containers_outlive_the_daemon_and_the_namespaces_go_with_the_last(barrow: User) -> None:
@@ -160,6 +161,55 @@ def test_a_limit_that_can_not_be_had_is_refused(barrow: User) -> None:
     done = barrow("run", "--rm", "--net", "none", "-m", "64m", busybox.NAME, "true", check=False)
     assert done.returncode == 125
     assert "limits (memory) can't be had without rights: no cgroup is delegated" in done.stderr
+
+
+@pytest.fixture
+def tun() -> Iterator[None]:
+    """/dev/net/tun as every distribution's udev has it: for everybody."""
+    device = Path("/dev/net/tun")
+    mode = device.stat().st_mode & 0o777
+    device.chmod(0o666)
+    yield
+    device.chmod(mode)
+
+
+@pytest.mark.usefixtures("tun")
+@pytest.mark.parametrize("program", ["pasta", "slirp4netns"])
+def test_a_network_with_a_published_port(barrow: User, program: str) -> None:
+    need(program)
+    barrow.more["WHERRY_USER_NETWORK"] = program
+    barrow("images", "import", barrow.archive)
+    serve = "echo works >/tmp/index.html; httpd -f -p 80 -h /tmp"
+    barrow("run", "-d", "--name", "web", "-p", "127.0.0.1::80", busybox.NAME, "sh", "-c", serve)
+    port = barrow("port", "web").stdout.strip().rpartition(":")[2]
+    end = time.monotonic() + 30
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/index.html", timeout=5) as answer:
+                assert answer.read() == b"works\n"
+                break
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    assert barrow("exec", "web", "cat", "/etc/resolv.conf").stdout.startswith("nameserver ")
+    taken = barrow("run", "--rm", "-p", f"127.0.0.1:{port}:80", busybox.NAME, "true", check=False)
+    assert taken.returncode == 125
+    assert f"can't publish port 127.0.0.1:{port}" in taken.stderr
+    other = barrow("run", "--rm", "--net", "other", busybox.NAME, "true", check=False)
+    assert "without root there is one network alone" in other.stderr
+    barrow("rm", "-f", "web")
+    end = time.monotonic() + 30
+    while any(program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in barrow.processes()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_network_that_can_not_be_had_says_what_to_install(barrow: User) -> None:
+    barrow.more["WHERRY_USER_NETWORK"] = "neither"
+    barrow("images", "import", barrow.archive)
+    done = barrow("run", "--rm", busybox.NAME, "true", check=False)
+    assert done.returncode == 125
+    assert "install the package passt or slirp4netns, or use --net none" in done.stderr
 
 
 def test_a_user_with_one_id(nobody: User) -> None:

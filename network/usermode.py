@@ -1,0 +1,217 @@
+"""Networks for who has no rights on the host: a program of the user's carries the packets of a namespace.
+
+pasta (of passt) or slirp4netns opens a tap in the container's namespace and ordinary sockets on the host. It is started
+by exec, lives as long as the namespace, and needs no daemon; its pid file says which process it is, so that a later
+daemon can end it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Sequence
+
+from wherry.core.errors import FailedPrecondition, InvalidArgument
+from wherry.linux.process import is_alive, start_time
+from wherry.network.model import Endpoint, Port
+
+PROGRAMS = ("pasta", "slirp4netns")
+# where a container asks for names: answered by the host's own resolver, also where that is on the host's loopback
+PASTA_DNS = "169.254.1.1"
+SLIRP_DNS, SLIRP_ADDRESS, SLIRP_GATEWAY = "10.0.2.3", "10.0.2.100/24", "10.0.2.2"
+MTU = "65520"
+# seconds until such a program must have set the namespace up
+START = 15.0
+
+
+def find() -> str:
+    """The program to use: WHERRY_USER_NETWORK, else the first that is there.
+
+    Raises FailedPrecondition with the package to install.
+    """
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    named = os.environ.get("WHERRY_USER_NETWORK", "")
+    for name in [named] if named else PROGRAMS:
+        if found := shutil.which(name, path=path):
+            return found
+    raise FailedPrecondition(
+        "a network without root takes pasta or slirp4netns: install the package passt or slirp4netns, or use --net none"
+    )
+
+
+def choose_ports(ports: Sequence[Port]) -> None:
+    """Give ports that may be any a number that is free now. Raises FailedPrecondition."""
+    for port in ports:
+        if port.protocol not in {"tcp", "udp"}:
+            raise InvalidArgument(f"port {port.container_port}/{port.protocol} can't be published without root")
+        if port.host_port and not port.host_port_end:
+            _try(port, port.host_port)
+            continue
+        last = port.host_port_end or port.host_port
+        for number in range(port.host_port, last + 1):
+            with contextlib.suppress(FailedPrecondition):
+                port.host_port, port.host_port_end = _try(port, number), 0
+                break
+        else:
+            raise FailedPrecondition(f"no port from {port.host_port} to {last} is free")
+
+
+def _try(port: Port, number: int) -> int:
+    """The number, bound for a moment (0: one that is free)."""
+    family = socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET
+    kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((port.host_ip, number))
+        except OSError as error:
+            hint = "; ports below 1024 are root's" if isinstance(error, PermissionError) else ""
+            raise FailedPrecondition(
+                f"can't publish port {port.host_ip or '*'}:{number}: {error.strerror}{hint}"
+            ) from None
+        found: int = probe.getsockname()[1]
+        return found
+
+
+async def attach(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str) -> None:
+    """Start `program` for the namespace at the path `netns`; its files go to `folder`, which is made.
+
+    Fills in the endpoint's addresses. Raises FailedPrecondition with what the program said.
+    """
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.path.basename(program) == "pasta":
+        await _pasta(program, netns, endpoint, ports, folder)
+    else:
+        await _slirp(program, netns, endpoint, ports, folder)
+
+
+async def _pasta(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str) -> None:
+    words = [program, "--quiet", "--config-net", "--netns-only", "--no-map-gw", "--ns-ifname", endpoint.interface]
+    words += ["--dns-forward", PASTA_DNS, "-P", os.path.join(folder, "pid"), "-T", "none", "-U", "none"]
+    for protocol, flag in (("tcp", "-t"), ("udp", "-u")):
+        specs = [
+            f"{f'{port.host_ip}/' if port.host_ip else ''}{port.host_port}:{port.container_port}"
+            for port in ports
+            if port.protocol == protocol
+        ]
+        for spec in specs or ["none"]:
+            words += [flag, spec]
+    # it goes into the background when everything is set up
+    process = await asyncio.create_subprocess_exec(
+        *words, "--netns", netns,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(START):
+            _, said = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise FailedPrecondition(f"pasta set nothing up within {START:.0f} s") from None
+    if process.returncode:
+        raise FailedPrecondition(f"pasta failed: {_last(said)}")
+    _note(folder)
+
+
+async def _slirp(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str) -> None:
+    api = os.path.join(folder, "api")
+    ready, theirs = os.pipe()
+    words = [
+        program,
+        "--configure",
+        "--mtu",
+        MTU,
+        "--disable-host-loopback",
+        "--netns-type",
+        "path",
+        "--api-socket",
+        api,
+    ]
+    log = os.path.join(folder, "log")
+    try:
+        with open(log, "wb") as output:  # noqa: ASYNC230 - files in memory, here and below
+            process = await asyncio.create_subprocess_exec(
+                *words, "--ready-fd", str(theirs), netns, endpoint.interface,
+                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[theirs],
+                start_new_session=True,
+            )  # fmt: skip
+    finally:
+        os.close(theirs)
+    try:
+        async with asyncio.timeout(START):
+            answer = await asyncio.to_thread(os.read, ready, 1)
+    except TimeoutError:
+        answer = b""
+    finally:
+        os.close(ready)
+    if answer != b"1":
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        with open(log, "rb") as file:  # noqa: ASYNC230
+            raise FailedPrecondition(f"slirp4netns failed: {_last(file.read())}")
+    with open(os.path.join(folder, "pid"), "w", encoding="ascii") as file:  # noqa: ASYNC230
+        file.write(str(process.pid))
+    _note(folder)
+    endpoint.ipv4, endpoint.gateway4 = SLIRP_ADDRESS, SLIRP_GATEWAY
+    try:
+        for port in ports:
+            await _forward(api, port)
+    except BaseException:
+        detach(folder)
+        raise
+
+
+async def _forward(api: str, port: Port) -> None:
+    """One published port, by slirp4netns' own protocol: a JSON object each way."""
+    reader, writer = await asyncio.open_unix_connection(api)
+    try:
+        arguments = {
+            "proto": port.protocol,
+            "host_addr": port.host_ip or "0.0.0.0",
+            "host_port": port.host_port,
+            "guest_addr": SLIRP_ADDRESS.partition("/")[0],
+            "guest_port": port.container_port,
+        }
+        writer.write(json.dumps({"execute": "add_hostfwd", "arguments": arguments}).encode())
+        writer.write_eof()
+        answer = json.loads(await reader.read() or b"{}")
+    finally:
+        writer.close()
+    if "error" in answer:
+        raise FailedPrecondition(f"can't publish port {port.host_port}: {answer['error'].get('desc', 'refused')}")
+
+
+def nameserver(program: str) -> str:
+    """The address inside at which the host's resolver answers."""
+    return PASTA_DNS if os.path.basename(program) == "pasta" else SLIRP_DNS
+
+
+def _note(folder: str) -> None:
+    """Which process it is, once and for all: a number alone may be another's by the time it is used."""
+    path = os.path.join(folder, "pid")
+    with open(path, encoding="ascii") as file:
+        pid = int(file.read().split()[0])
+    with open(path, "w", encoding="ascii") as file:
+        file.write(f"{pid} {start_time(pid)}\n")
+
+
+def detach(folder: str) -> None:
+    """End the program of a namespace, and remove its files; one that is gone is fine."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "pid"), encoding="ascii") as file:
+        pid, started = map(int, file.read().split())
+        if is_alive(pid, started):
+            os.kill(pid, signal.SIGTERM)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last(said: bytes) -> str:
+    """What a program said last."""
+    lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
