@@ -20,16 +20,18 @@ import pytest
 
 from tests import busybox
 from tests.cli.conftest import Wherry
+from tests.containerd import Containerd
 from tests.daemon.transfer_rig import Image, make_image, make_index, publish, tar
 from tests.peers import need
 from tests.registry.conftest import PASSWORD, USER, locked_registry, registry
+from tests.sid import need_sid
 from tests.wherryd import BUSYBOX, Wherryd
 from wherry.cli.progress import Display
 from wherry.client.transfer import Progress
 from wherry.core.platforms import host, parse
 
 __all__ = ["locked_registry", "registry"]
-NOISE = random.Random(5).randbytes(6_000_000)
+NOISE = random.Random(5).randbytes(4_000_000)
 
 
 @contextmanager
@@ -91,13 +93,14 @@ def test_a_killed_pull_goes_on_where_it_stopped(victim: str) -> None:
             process = wherry.start("pull", "-q", "--plain-http", name, stderr=subprocess.DEVNULL)
             data = None
             for _ in range(600):
-                data = next((p for p in daemon.root.rglob("ingest/*/data") if p.stat().st_size > 1_000_000), None)
+                data = next((p for p in daemon.root.rglob("ingest/*/data") if p.stat().st_size >= 1 << 20), None)
                 if data is not None:
                     break
                 time.sleep(0.02)
             assert data is not None
             if victim == "daemon":
                 daemon.kill()
+                process.kill()
                 process.wait(60)
                 daemon.start()
             else:
@@ -106,7 +109,7 @@ def test_a_killed_pull_goes_on_where_it_stopped(victim: str) -> None:
             assert wherry.run("pull", "-q", "--plain-http", name, timeout=90).stdout == f"{name}\n"
             starts = [start for digest, start in asked if digest == layer]
             assert starts[0] == 0
-            assert starts[-1] >= 1_000_000, (asked, daemon.log_text())
+            assert starts[-1] >= 1 << 20, asked
             assert wherry.run("content", "ls", "-q").stdout.count("sha256:") == len(image.blobs)
     finally:
         daemon.close()
@@ -146,12 +149,12 @@ def test_the_picture_on_a_terminal(wherry: Wherry) -> None:
         wherry.run("images", "rm", "--sync", name)
     seen = text.decode()
     short = layer_of(image)[:19]
-    assert re.search(rf"layer-{short} +downloading +\[=+ *\] [\d.]+ MiB/5\.7 MiB  [\d.]+ [KM]iB/s  \d+s left", seen), (
+    assert re.search(rf"layer-{short} +downloading +\[=+ *\] [\d.]+ MiB/3\.8 MiB  [\d.]+ [KM]iB/s  \d+s left", seen), (
         seen
     )
     assert re.search(rf"layer-{short} +(extracting|extracted)", seen)
-    assert re.search(r"\d/4 done, [\d.]+ MiB/5\.7 MiB, \d+s, [\d.]+ [KM]iB/s, \d+s left", seen)
-    assert re.search(r"4/4 done, 5\.7 MiB/5\.7 MiB", seen)
+    assert re.search(r"\d/4 done, [\d.]+ MiB/3\.8 MiB, \d+s, [\d.]+ [KM]iB/s, \d+s left", seen)
+    assert re.search(r"4/4 done, 3\.8 MiB/3\.8 MiB", seen)
 
 
 def test_lines_and_json_elsewhere(wherry: Wherry, registry: str) -> None:
@@ -280,3 +283,20 @@ def test_by_digest_and_by_platform(wherry: Wherry, registry: str) -> None:
         other.architecture,
     ]
     wherry.run("images", "rm", "--sync", name, f"{repository}:z", f"{repository}:all")
+
+
+def test_containerd_2_moves_images_for_us(registry: str) -> None:
+    """The same commands over the transfer service of sid's containerd; what only wherryd has says so."""
+    name = f"{registry}/sid/box:v1"
+    asyncio.run(publish(make_image([tar({"a": b"x" * 5000})]), name))
+    containerd = Containerd(need_sid("containerd"))
+    try:
+        containerd.start()
+        wherry = Wherry(containerd.address)
+        assert re.search(r"layer-sha256:\w{12} +(done|extracted)", wherry.run("pull", "--plain-http", name).stderr)
+        wherry.run("images", "convert", "-q", "--zstd", name, f"{registry}/sid/box:z")
+        wherry.run("push", "-q", "--plain-http", f"{registry}/sid/box:z")
+        denied = wherry.run("images", "tags", "--plain-http", f"{registry}/sid/box", code=1)
+        assert "as wherryd does" in denied.stderr
+    finally:
+        containerd.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from tests.registry.conftest import PASSWORD, USER, locked_registry
+from tests.registry.conftest import PASSWORD, USER, locked_registry, registry, serve
+from tests.registry.test_doors import Tokens, authority, tokens
 from tests.wherryd import BUSYBOX, Wherryd
 from wherry.client.api import Client
 from wherry.client.grpc_async import GrpcTransport
@@ -15,10 +18,10 @@ from wherry.client.grpc_blocking import BlockingGrpcTransport
 from wherry.client.transfer import Registry
 from wherry.client.transport import Transport
 from wherry.client.ttrpc_blocking import BlockingTtrpcTransport
-from wherry.core.credentials import Credential
-from wherry.core.errors import PermissionDenied, Unauthenticated
+from wherry.core.credentials import Credential, from_docker_config
+from wherry.core.errors import NotFound, PermissionDenied, Unauthenticated
 
-__all__ = ["locked_registry"]
+__all__ = ["authority", "locked_registry", "registry", "serve", "tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,42 @@ async def test_a_lookup_that_fails_or_finds_nothing(client: Client, locked_regis
         [step async for step in client.transfer.pull(Registry(name, scheme="http", credentials=fail))]
     with pytest.raises(Unauthenticated):
         [step async for step in client.transfer.pull(Registry(name, scheme="http", credentials=lambda host: None))]
+
+
+async def test_copies_inspections_and_tags(client: Client, locked_registry: str, registry: str) -> None:
+    """Two registries in one call, each of which asks for its own user."""
+    source, target = f"{locked_registry}/source/box:1", f"{registry}/target/box:2"
+    asked: list[str] = []
+
+    def lookup(host: str) -> Credential | None:
+        asked.append(host)
+        return Credential(USER, PASSWORD) if host == locked_registry else None
+
+    old, new = (Registry(name, scheme="http", credentials=lookup) for name in (source, target))
+    [step async for step in client.transfer.push(old, name=BUSYBOX)]
+    steps = [step async for step in client.transfer.copy(old, new)]
+    assert steps[-1].event.startswith("Completed copy")
+    assert set(asked) == {locked_registry}
+    root, config = await client.registries.inspect(new)
+    assert root.value["config"]["digest"] == config.target.digest
+    assert root == (await client.registries.inspect(old))[0]
+    assert await client.registries.tags(new._replace(reference=f"{registry}/target/box")) == ["2"]
+    with pytest.raises(NotFound):
+        await client.registries.tags(new._replace(reference=f"{registry}/target/none"))
+
+
+async def test_an_identity_token_is_traded_for_a_token(
+    daemon: Wherryd, tokens: tuple[str, Tokens], tmp_path: Path
+) -> None:
+    """What `docker login` to a registry with OAuth2 leaves, through the daemon, at a real registry."""
+    address, server = tokens
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auths": {address: {"identitytoken": "fresh"}}}))
+    registry = Registry(f"{address}/private/box:1", scheme="http", credentials=from_docker_config(str(config)))
+    client = Client.over(GrpcTransport(daemon.address))
+    try:
+        [step async for step in client.transfer.push(registry, name=BUSYBOX)]
+        [step async for step in client.transfer.pull(registry)]
+    finally:
+        await client.close()
+    assert {method for method, _ in server.asked} == {"POST"}
