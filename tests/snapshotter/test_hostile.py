@@ -22,9 +22,10 @@ from tests.snapshotter.suite import layer, write
 from tests.snapshotter.test_apply import bind, unpack
 from tests.snapshotter.trees import look, mounted
 from wherry.core.errors import InvalidArgument, ResourceExhausted, WherryError
+from wherry.linux.mounts import Mount
 from wherry.snapshotter import pax, tar
 from wherry.snapshotter.applier import Applier
-from wherry.snapshotter.limits import MEMORY, Limits
+from wherry.snapshotter.limits import Limits
 from wherry.snapshotter.native import NativeSnapshotter
 from wherry.snapshotter.overlayfs import OverlaySnapshotter
 from wherry.snapshotter.tar import TarReader
@@ -258,15 +259,38 @@ async def test_a_sparse_file_takes_no_disk_and_no_more_than_the_file_system_has(
         assert (status.st_size, status.st_blocks < 1000) == (size, True)
 
 
-async def test_memory_has_an_end(applier: Applier, tmp_path: Path) -> None:
-    """What an archive makes a layer's process remember ends at the limit of its memory, in words."""
-    # a window of 128 MiB is what zstd takes; one of 2 GiB is the archive's wish
+async def test_a_window_that_is_too_large_is_refused(applier: Applier, tmp_path: Path) -> None:
+    """zstd's windows of up to 128 MiB are taken; one of 2 GiB is memory that the archive would choose."""
     params = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True, compression_level=1)
     compressor = zstandard.ZstdCompressor(compression_params=params).compressobj()
     data = compressor.compress(Archive().file("a", bytes(1 << 20)).plain) + compressor.flush()
     with pytest.raises(InvalidArgument, match="zstd: invalid stream"):
         await unpack(applier, tmp_path, data, ZSTD)
-    assert MEMORY <= 1 << 30
+
+
+def test_memory_has_an_end(tmp_path: Path) -> None:
+    """What an archive makes its process remember ends at the limit, in words: here of 24 MiB, and folders' times."""
+    directory = tarfile.TarInfo("d")
+    directory.type = tarfile.DIRTYPE
+    long = "n" * 140 + "/"
+    blob = tmp_path / "blob"
+    blob.write_bytes(gzip.compress(b"".join(_named(directory, f"{long}{number}") for number in range(60_000)), 1))
+    script = (
+        "import json, os, sys\n"
+        "from wherry.snapshotter import limits, worker\n"
+        "worker.MEMORY = 24 << 20\n"
+        "message = {'op': 'apply', 'mounts': [['bind', sys.argv[2], '', ['rw', 'rbind']]], 'compressed': True,\n"
+        "  'expected': None, 'layer_bytes': 0, 'layer_entries': 0, 'progress': False, 'sync': False, 'overlay': None,\n"
+        "  'follow': -1}\n"
+        "worker.preload()\n"
+        "if os.fork() == 0:\n"
+        "    worker._run_child(message, os.open(sys.argv[1], os.O_RDONLY), 1, os.getppid())\n"
+        "os.wait()\n"
+    )
+    with mounted([Mount("tmpfs", "tmpfs")], tmp_path / "tree"):  # so many folders take their time on a disk
+        command = [sys.executable, "-c", script, str(blob), str(tmp_path / "tree")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert '"error": [8, "the layer needs more memory than its process gets' in done.stdout, done.stdout + done.stderr
 
 
 # the reader, fuzzed

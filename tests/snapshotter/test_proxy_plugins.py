@@ -203,3 +203,23 @@ def test_two_cannot_serve_one_root_or_one_address(tmp_path: Path) -> None:
             assert what in done.stderr
         assert os.stat(first.address).st_mode & 0o777 == 0o600
     assert not os.path.exists(first.address)
+
+
+def test_a_mute_one_delays_nobody(tmp_path: Path) -> None:
+    """It takes connections and says nothing: the daemon starts, runs containers on its own, collects and stops."""
+    address = str(tmp_path / "mute.sock")
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(address)
+        mute.listen()
+        with daemon(address) as wherryd:
+            assert wherryd.process is not None
+            ref = wherryd.import_busybox()
+            command = [need("ctr"), "-a", wherryd.address, "snapshots", "--snapshotter", "foreign", "ls"]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as asking:
+                assert wherryd.ctr("run", "--rm", ref, f"one-{os.getpid()}", "echo", "hi").stdout == "hi\n"
+                wherryd.ctr("images", "rm", "--sync", ref)
+                assert asking.poll() is None
+                began = time.monotonic()
+                wherryd.stop()
+                assert time.monotonic() - began < 10
+                asking.wait(PATIENCE)
