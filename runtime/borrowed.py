@@ -165,7 +165,7 @@ def serves(plan: Plan) -> bool:
     if any(hooks.of(plan.spec, name) for name in _CREATE_HOOKS):
         return False
     labels = ("apparmorProfile", "selinuxLabel", "scheduler", "ioPriority", "execCPUAffinity")
-    if any(plan.process.get(name) for name in labels) or plan.linux.get("netDevices"):
+    if any(plan.process.get(name) for name in labels) or plan.linux.get("netDevices") or plan.rdt:
         return False
     memory = (plan.linux.get("resources") or {}).get("memory") or {}
     if 0 < (memory.get("limit") or 0) < _MEMORY_LEAST:

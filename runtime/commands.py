@@ -234,7 +234,9 @@ def _resume(context: Context, flags: Flags, arguments: list[str]) -> int:
 def _update(context: Context, flags: Flags, arguments: list[str]) -> int:
     from wherry.runtime import process_flags
 
-    container.update(context.root, arguments[0], process_flags.resources(flags))
+    wanted = process_flags.resources(flags)
+    schemas = {"cache": flags["l3-cache-schema"], "bandwidth": flags["mem-bw-schema"]}
+    container.update(context.root, arguments[0], wanted, **schemas)
     return 0
 
 

@@ -172,6 +172,7 @@ def preload() -> None:
         listener,
         netdevices,
         prepare,
+        rdt,
         restore,
         rootless,
         sealed,
@@ -276,11 +277,12 @@ def resume(root: str, id: str) -> None:  # noqa: A002
     lifecycle.resume(root, id)
 
 
-def update(root: str, id: str, resources: dict[str, Any]) -> None:  # noqa: A002
-    """Apply an OCI `linux.resources` object (only the fields that are there) to the container's cgroup."""
+def update(root: str, id: str, resources: dict[str, Any], *, cache: str = "", bandwidth: str = "") -> None:  # noqa: A002
+    """Apply an OCI `linux.resources` object (only the fields that are there) to the container's cgroup; cache and
+    bandwidth: schemas for Intel RDT."""
     from wherry.runtime import lifecycle
 
-    lifecycle.update(root, id, resources)
+    lifecycle.update(root, id, resources, cache=cache, bandwidth=bandwidth)
 
 
 def pids(root: str, id: str) -> list[int]:  # noqa: A002

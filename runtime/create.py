@@ -110,12 +110,20 @@ def make_cgroup(plan: Plan, request: CreateRequest) -> None:
     cgroup.find(plan, systemd=request.systemd_cgroup)
     plan.state.save()
     cgroup.make(plan)
+    if plan.linux.get("intelRdt"):
+        from wherry.runtime import rdt
+
+        rdt.make(plan)
 
 
 def undo(plan: Plan, error: BaseException) -> None:
     """Cgroup and state folder go; the process is gone already. What can't be undone is added to the error."""
     cgroup.undo(plan, error)
     try:
+        if plan.state.rdt:
+            from wherry.runtime import rdt
+
+            rdt.remove(plan.state.rdt)
         plan.state.remove()
     except OSError as problem:
         error.add_note(f"the state folder could not be removed: {problem}")

@@ -25,7 +25,7 @@ def run(root: str, container_id: str, *, once: bool, interval: str) -> int:
         raise ContainerError(f"container with id {container_id} is not running", PRECONDITION)
     cgroup = lifecycle.cgroup_of(root, container_id)
     if once:
-        _print("stats", container_id, reading(cgroup))
+        _print("stats", container_id, reading(cgroup, found.rdt_class))
         return 0
     seconds = _seconds(interval)
     watch = cgroup.watch_oom()
@@ -33,7 +33,7 @@ def run(root: str, container_id: str, *, once: bool, interval: str) -> int:
     try:
         while found.alive():
             if time.monotonic() - last >= seconds:
-                _print("stats", container_id, reading(cgroup))
+                _print("stats", container_id, reading(cgroup, found.rdt_class))
                 last = time.monotonic()
             wait = min(seconds, 1.0)
             watched = [watch] if watch and not watch.gone else []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from wherry.linux.cgroups.files import key_values, number, read_or_empty
+from wherry.runtime import rdt
 from wherry.runtime.settings import numbers
 
 TYPE_CHECKING = False
@@ -39,11 +40,11 @@ _BLKIO = {  # containerd's name → runc's
 _NO_LIMIT = 2**64 - 1
 
 
-def reading(cgroup: Any) -> dict[str, Any]:
-    """One reading of a `wherry.linux.cgroups` object."""
+def reading(cgroup: Any, rdt_class: str = "") -> dict[str, Any]:
+    """One reading of a `wherry.linux.cgroups` object, and of the container's directory in resctrl."""
     stats = cgroup.stats()
     found = _v1(stats.values, cgroup.paths) if stats.version == 1 else _v2(stats.values, cgroup.paths[""])
-    return {**found, "intel_rdt": {}, "network_interfaces": None}
+    return {**found, "intel_rdt": rdt.statistics(rdt_class), "network_interfaces": None}
 
 
 def _some(**values: Any) -> dict[str, Any]:

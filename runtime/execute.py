@@ -46,6 +46,7 @@ def exec_process(request: ExecRequest) -> int:
         paths = _sub_cgroups(found.cgroup_paths, request.sub_cgroups)
         plan.cgroup = cgroups.restore(paths) if paths else None
         plan.cgroup_fd = plan.cgroup.clone_fd() if plan.cgroup else -1
+        plan.rdt = [found.rdt_class] if found.rdt_class else []
         if found.unit and os.geteuid():
             from wherry.linux.cgroups import systemd
 

@@ -258,6 +258,10 @@ def destroy(found: state.State) -> None:
             reach("runtime.delete.cgroup")
         except (OSError, WherryError) as error:
             raise _cgroup_failure("unable to remove the container's cgroup", error) from error
+    if found.rdt:
+        from wherry.runtime import rdt  # noqa: PLC0415 - few containers have one
+
+        rdt.remove(found.rdt)
     payload = found.oci(state.STOPPED)
     found.remove()
     reach("runtime.delete.removed")
@@ -288,10 +292,14 @@ def resume(root: str, container_id: str) -> None:
         raise _cgroup_failure("unable to thaw", error) from error
 
 
-def update(root: str, container_id: str, resources: dict[str, Any]) -> None:
+def update(root: str, container_id: str, resources: dict[str, Any], *, cache: str = "", bandwidth: str = "") -> None:
     found = state.load(root, container_id)
     if found.status() == state.STOPPED:
         raise ContainerError("container not running", PRECONDITION)
+    if cache or bandwidth:
+        from wherry.runtime import rdt  # noqa: PLC0415 - few containers have one
+
+        rdt.update(found.rdt_class, cache, bandwidth)
     try:
         if found.unit:
             _update_unit(found, resources)

@@ -161,6 +161,12 @@ def _serve(plan: Plan, pid: int, kind: str, value: Any) -> None:
         raise ContainerError(FAILED_START + error.message) from None
 
 
+def _join_classes(plan: Plan, pid: int) -> None:
+    from wherry.runtime import rdt  # noqa: PLC0415
+
+    rdt.join(plan.rdt, pid)
+
+
 def _move_by_systemd(plan: Plan, pid: int) -> None:
     from wherry.linux.dbus import DBusError  # noqa: PLC0415
 

@@ -40,6 +40,7 @@ class Plan:
         self.slice = ""
         self.moved_by_systemd = False  # the child can't be born into the cgroup, nor enter it by itself
         self.fresh_cgroup = False  # made by us: to be removed if the container can't be made
+        self.rdt: list[str] = []  # directories of resctrl that the process goes into
         self.lock: Any = None  # `state.Lock`, held while the container is made
         self.fifo = -1
         self.failure = -1

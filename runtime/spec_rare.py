@@ -91,8 +91,7 @@ def validate_linux(linux: Spec, namespaces: dict[str, str]) -> None:
         _known(personality.get("domain"), "linux.personality.domain", ("LINUX", "LINUX32"))
         if get(personality.get("flags"), "linux.personality.flags", list, []):
             raise invalid("linux.personality.flags", "no flags are supported")  # the specification names none
-    if linux.get("intelRdt"):
-        raise invalid("linux.intelRdt", "intelRdt is not supported by this runtime")
+    _validate_rdt(linux)
     _validate_memory_policy(linux)
     _validate_net_devices(linux, namespaces)
 
@@ -109,6 +108,21 @@ def _validate_memory_policy(linux: Spec) -> None:
         raise invalid("linux.memoryPolicy.nodes", f"{mode} needs nodes")
     for number, flag in enumerate(get(policy.get("flags"), "linux.memoryPolicy.flags", list, [])):
         _known(flag, f"linux.memoryPolicy.flags[{number}]", settings.MEMORY_FLAGS)
+
+
+def _validate_rdt(linux: Spec) -> None:
+    config = get(linux.get("intelRdt"), "linux.intelRdt", dict)
+    if config is None:
+        return
+    name = get(config.get("closID"), "linux.intelRdt.closID", str, "")
+    if name in (".", "..", "info", "mon_groups", "mon_data") or "/" in name or "\n" in name:
+        raise invalid("linux.intelRdt.closID", f"invalid intelRdt.ClosID {quickjson.dumps(name)}")
+    for key in ("l3CacheSchema", "memBwSchema"):
+        get(config.get(key), f"linux.intelRdt.{key}", str, "")
+    for number, line in enumerate(get(config.get("schemata"), "linux.intelRdt.schemata", list, [])):
+        get(line, f"linux.intelRdt.schemata[{number}]", str, "")
+    for key in ("enableCMT", "enableMBM", "enableMonitoring"):
+        get(config.get(key), f"linux.intelRdt.{key}", bool, False)
 
 
 def _validate_net_devices(linux: Spec, namespaces: dict[str, str]) -> None:

@@ -60,6 +60,8 @@ class State:
         self.annotations: dict[str, str] = {}
         self.cgroup_paths: dict[str, str] = {}
         self.unit = ""  # systemd's, where it made the cgroup
+        self.rdt_class = ""  # its directory in resctrl
+        self.rdt: list[str] = []  # those that were made for it
         self.namespaces: dict[str, str] = {}
         self.creator = 0
         self.creator_started = 0

@@ -77,7 +77,8 @@ BAD: list[tuple[Change, str]] = [
         lambda s: s["linux"].update(netDevices={"a": {"name": "c"}, "b": {"name": "c"}}),
         'linux.netDevices["b"].name: two network devices',
     ),
-    (lambda s: s["linux"].update(intelRdt={"closID": "x"}), "linux.intelRdt: intelRdt is not supported"),
+    (lambda s: s["linux"].update(intelRdt={"closID": "x/y"}), 'linux.intelRdt.closID: invalid intelRdt.ClosID "x/y"'),
+    (lambda s: s["linux"].update(intelRdt={"schemata": [1]}), "linux.intelRdt.schemata[0]: must be a string"),
     (
         lambda s: s["mounts"].append({"destination": "/x", "type": "tmpfs", "options": ["idmap"]}),
         "mounts[7]: id-mapped mounts are only supported for bind mounts",
