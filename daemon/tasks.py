@@ -139,7 +139,9 @@ class TaskService:
         """Delete a process that `exec` added and that has stopped."""
         shim = await self._shim(request.container_id, context)
         asked = shim_api.DeleteRequest(id=shim.bundle.id, exec_id=request.exec_id)
-        return _deleted(request.exec_id, await shim.call("Delete", asked, shim_api.DeleteResponse))
+        deleted = await shim.call("Delete", asked, shim_api.DeleteResponse)
+        reach("daemon.exec.deleted")
+        return _deleted(request.exec_id, deleted)
 
     async def wait(self, request: pb.WaitRequest, context: Context) -> pb.WaitResponse:
         """Answer when the process has exited, at once where it has; also where its shim dies meanwhile."""

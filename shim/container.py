@@ -370,6 +370,7 @@ class Container:
         for path in (f"{self.bundle}/{process.exec_id}.pid", exit_path(self.bundle, process.exec_id)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+        reach("shim.exec.deleted")
 
     async def _delete_init(self) -> None:
         init = self.init

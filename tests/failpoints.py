@@ -47,6 +47,8 @@ POINTS: Final = [
     *_points("daemon", GONE, "daemon.create.planned", "daemon.create.spawned", "daemon.create.connected"),
     *_points("daemon", KEPT, "daemon.create.created"),
     *_points("daemon", KEPT, "daemon.start.asked", "daemon.start.done", "daemon.exec.asked"),
+    *_points("daemon", KEPT, "daemon.start.asked", "daemon.start.done", nth=2),  # of the exec
+    *_points("daemon", KEPT, "daemon.exec.deleted"),
     # of the create, the start, the exec (added, started, ended), the end, the delete
     *(Point("daemon.event.received", "daemon", KEPT, nth=nth) for nth in range(1, 8)),
     *(Point("daemon.event.kept", "daemon", KEPT, nth=nth) for nth in range(1, 8)),
@@ -61,7 +63,7 @@ POINTS: Final = [
     *_points("shim", GONE, "shim.spawn.streams", "shim.spawn.bound", "shim.spawn.answered"),
     *_points("shim", GONE, "shim.create.asked", "shim.create.streams", "shim.create.made", "shim.create.done"),
     *_points("shim", LOST, "shim.start.asked", "shim.start.executed", "shim.start.told"),
-    *_points("shim", LOST, "shim.exec.added", "shim.exec.streams", "shim.exec.born"),
+    *_points("shim", LOST, "shim.exec.added", "shim.exec.streams", "shim.exec.born", "shim.exec.deleted"),
     *_points("shim", EITHER, "shim.event.sent", "shim.event.confirmed"),
     *(Point("shim.event.sent", "shim", EITHER, nth=nth) for nth in range(2, 8)),
     *(Point("shim.event.confirmed", "shim", EITHER, nth=nth) for nth in range(2, 8)),

@@ -120,6 +120,7 @@ class Rig:
         """
         self._number += 1
         life = Life(f"c{self._number}")
+        self._await_fork_server()
         self.fail.write_text(f"{point.name}:{point.nth}")
         second = threading.Thread(target=self._kill_also, args=(point, life.name), daemon=True)
         if also:
@@ -145,6 +146,16 @@ class Rig:
                 self.call(lambda client: client.tasks.list())
                 return
             time.sleep(0.05)
+
+    def _await_fork_server(self) -> None:
+        """While it warms up it goes through a shim's places, too."""
+        deadline = time.monotonic() + LIFE
+        while time.monotonic() < deadline:
+            for pid in self.daemon.processes():
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"wherry-forkserver\0"):
+                        return
+            time.sleep(0.02)
 
     def _kill_also(self, point: Point, name: str) -> None:
         deadline = time.monotonic() + LIFE

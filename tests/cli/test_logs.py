@@ -159,6 +159,13 @@ def test_a_full_disk_under_the_log_stops_nobody(daemon: Wherryd) -> None:
         subprocess.run(["umount", "-l", str(where)], check=True)
 
 
+def test_several_follow_at_once_and_each_sees_all(daemon: Wherryd) -> None:
+    run(daemon, "loud", "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line $i; done", "--log-opt", "max-size=64k")
+    followers = [subprocess.Popen(command(daemon, "logs", "-f", "loud"), stdout=subprocess.PIPE) for _ in range(3)]
+    shown = [follower.communicate(timeout=30)[0].decode() for follower in followers]
+    assert shown == ["".join(f"line {number}\n" for number in range(1, 2001))] * 3
+
+
 def test_a_killed_shim_ends_those_who_follow_its_log(daemon: Wherryd) -> None:
     run(daemon, "orphan", "echo here; sleep 1000")
     with subprocess.Popen(command(daemon, "logs", "-f", "orphan"), stdout=subprocess.PIPE, text=True) as follower:
