@@ -15,14 +15,16 @@ from wherry.core import mediatypes
 from wherry.core.descriptor import Descriptor
 from wherry.core.errors import Aborted, NotFound, OutOfRange, WherryError
 from wherry.core.reference import DEFAULT_HOST, Reference
-from wherry.registry.hosts import Host
+from wherry.registry.hosts import Host, is_local
 from wherry.registry.ranges import Place, Unsupported, in_parallel, read_range
 from wherry.registry.retry import Backoff
 from wherry.registry.transport import Transport
 
 # a connection that brings fewer bytes a second than FAST is helped by others, once it was watched for a while
-# (seconds) and as long as there is enough left (bytes) to be worth it
-FAST = 32 << 20
+# (seconds), as long as there is enough left (bytes) to be worth it, and where it is the distance that makes it slow:
+# not on a loopback address, and not while this process itself has more to do than that share of the time
+FAST = 16 << 20
+BUSY = 0.5
 WATCHED = 1.0
 WORTH_SHARING = 32 << 20
 # the least size of a piece that `concurrent_layer_fetch_buffer` may ask for (bytes; containerd's)
@@ -135,8 +137,8 @@ class Fetcher:
 
     async def _one(self, place: Place, descriptor: Descriptor, state: _Progress) -> AsyncGenerator[bytes, None]:
         """What one connection brings. Raises Unavailable where it ends too early."""
-        began, first = time.monotonic(), state.offset
-        may_share = self._piece == 0
+        began, first, spent = time.monotonic(), state.offset, time.process_time()
+        may_share = self._piece == 0 and not is_local(place.host.netloc)
         async with aclosing(read_range(place, descriptor, state.offset)) as chunks:
             async for chunk in chunks:
                 if state.offset + len(chunk) > descriptor.size:
@@ -147,7 +149,8 @@ class Fetcher:
                 if not may_share or passed < WATCHED:
                     continue
                 may_share = False
-                if state.offset - first < FAST * passed and descriptor.size - state.offset >= WORTH_SHARING:
+                slow = state.offset - first < FAST * passed and time.process_time() - spent < BUSY * passed
+                if slow and descriptor.size - state.offset >= WORTH_SHARING:
                     raise _SlowlyError
 
     async def _several(self, place: Place, descriptor: Descriptor, state: _Progress) -> AsyncGenerator[bytes, None]:

@@ -33,11 +33,13 @@ from tests.registry.conftest import Handler, Server, registry, serve
 from wherry.core import platforms, typeurl
 from wherry.core.digest import Digest, chain_id
 from wherry.core.errors import (
+    Aborted,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unauthenticated,
+    Unavailable,
     Unimplemented,
     WherryError,
 )
@@ -259,6 +261,20 @@ async def test_an_image_that_can_not_be_unpacked(rig: Rig, serve: Serve, image: 
         await rig.pull(f"{server.address}/x:v1", image_store("x"))
     await nothing_left(rig)
     assert await rig.stores.snapshots.list(NS, "overlayfs") == []
+
+
+@pytest.mark.parametrize("off", [-10, 10, 1 << 40])
+async def test_a_size_that_is_not_the_blobs(rig: Rig, serve: Serve, off: int) -> None:
+    image = make_image(LAYERS)
+    manifest = json.loads(image.blobs[image.target.digest][1])
+    manifest["layers"][0]["size"] += off
+    image.target = image.put(json.dumps(manifest).encode(), image.target.media_type)
+    server = await serve(serving(image))
+    with pytest.raises((Aborted, Unavailable), match="bytes"):
+        await rig.pull(f"{server.address}/x:v1", image_store("x"))
+    assert await rig.stores.images.list(NS) == []
+    assert await rig.stores.snapshots.list(NS, "overlayfs") == []
+    assert not rig.stores.content.exists(NS, manifest["layers"][0]["digest"])
 
 
 @pytest.mark.parametrize("manifest", [b"{", b"[]", b'{"config": 1}', b'{"layers": [{"digest": "x"}]}'])

@@ -357,6 +357,9 @@ async def test_slow_blobs_are_shared_among_connections(serve: Serve, monkeypatch
     monkeypatch.setattr(fetcher, "WATCHED", 0.05)
     monkeypatch.setattr(fetcher, "WORTH_SHARING", 100_000)
     monkeypatch.setattr(fetcher, "PIECE", 30_000)
+    # as if it were far away, and this process had nothing else to do
+    monkeypatch.setattr(fetcher, "is_local", lambda netloc: False)
+    monkeypatch.setattr(fetcher, "BUSY", 100)
 
     async def handler(request: web.Request) -> web.StreamResponse:
         answer = part(request)
