@@ -357,7 +357,7 @@ class NetworkManager:
         exited = events_pb2.TaskExit.FromString(envelope.event.value)
         connection = self.connections.get((envelope.namespace, exited.container_id))
         if connection is not None and exited.id == exited.container_id and exited.pid in (0, connection.pid):
-            self._spawn(self.release(envelope.namespace, exited.container_id))
+            self._spawn(self._release_life((envelope.namespace, exited.container_id), connection))
 
     async def release(self, namespace: str, identity: str) -> None:
         """Its ports and names are free when this returns; the rest follows. One that has none is fine."""
@@ -365,6 +365,13 @@ class NetworkManager:
         await self._ready.wait()  # else what is put in order just now puts in order what is gone
         async with self._lock(key):
             await self._release(key)
+
+    async def _release_life(self, key: Key, connection: Connection) -> None:
+        """As `release`, unless the container has begun another life meanwhile."""
+        await self._ready.wait()
+        async with self._lock(key):
+            if self.connections.get(key) is connection:
+                await self._release(key)
 
     async def _release(self, key: Key) -> None:
         connection = self.connections.pop(key, None)

@@ -32,6 +32,9 @@ PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "mke2fs": "e2fsprogs",
     "newuidmap": "uidmap",
+    "nft": "nftables",
+    "ip": "iproute2",
+    "nsenter": "util-linux",
     "dbus-daemon": "dbus-daemon",
 }
 REQUIRED = os.environ.get("WHERRY_REQUIRE_PEERS") == "1"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import networks
+from tests import busybox, networks
 from tests.cli.conftest import Wherry
 from tests.peers import need
 from tests.wherryd import Wherryd
@@ -48,11 +48,18 @@ def daemon() -> Iterator[Wherryd]:
     daemon = make_daemon()
     try:
         daemon.start()
-        daemon.import_busybox()
+        import_image(daemon)
         yield daemon
     finally:
         daemon.close()
         assert networks.left(daemon.state) == []
+
+
+def import_image(daemon: Wherryd, name: str = busybox.NAME, exposed: tuple[str, ...] = ()) -> None:
+    """Imports busybox with our own command: these tests run where no ctr is, too (tests/vm)."""
+    archive = daemon.folder / "image.tar"
+    busybox.write_archive(archive, name=name, exposed=exposed)
+    Wherry(daemon.address).run("images", "import", str(archive))
 
 
 def clear(wherry: Wherry) -> None:

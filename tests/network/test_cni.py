@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Wherry
-from tests.network.conftest import make_daemon
+from tests.network.conftest import import_image, make_daemon
 from tests.network.traffic import HTTP, free_port, http, until
 from tests.peers import missing, need
 from tests.wherryd import BUSYBOX
@@ -353,7 +353,7 @@ def test_container_on_a_network_of_cni(lab: Lab, namespace: str) -> None:
     leases = lab.folder / "ipam" / "standard"
     try:
         daemon.start()
-        daemon.import_busybox()
+        import_image(daemon)
         wherry = Wherry(daemon.address)
         assert "standard" in wherry.run("network", "ls").stdout
         port = free_port()

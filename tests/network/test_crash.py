@@ -14,7 +14,7 @@ import pytest
 
 from tests import networks
 from tests.cli.conftest import Wherry
-from tests.network.conftest import make_daemon
+from tests.network.conftest import import_image, make_daemon
 from tests.network.traffic import HTTP, free_port, http, until
 from tests.wherryd import BUSYBOX, Wherryd
 
@@ -37,7 +37,7 @@ def fragile() -> Iterator[Wherryd]:
     daemon.env["WHERRY_FAIL_FILE"] = str(daemon.folder / "fail")
     try:
         daemon.start()
-        daemon.import_busybox()
+        import_image(daemon)
         Wherry(daemon.address).run("network", "create", "--ipv6", "shop")
         yield daemon
     finally:
@@ -175,7 +175,7 @@ def test_nothing_is_left_when_the_daemon_ends_without_containers() -> None:
     daemon = make_daemon()
     try:
         daemon.start()
-        daemon.import_busybox()
+        import_image(daemon)
         Wherry(daemon.address).run("run", "--rm", "-p", "80", BUSYBOX, "true")
         assert networks.tables(daemon.state)
         daemon.stop()

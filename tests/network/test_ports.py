@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 
-from tests import busybox, networks
+from tests import networks
 from tests.cli.conftest import Wherry
+from tests.network.conftest import import_image
 from tests.network.traffic import GET, HTTP, echo, free_port, http, neighbour, own_address, udp_echo, until
 from tests.wherryd import BUSYBOX, Wherryd
 
@@ -120,9 +121,8 @@ def test_ipv6_network_publishes_without_a_relay(wherry: Wherry) -> None:
 
 
 def test_expose_is_published_by_the_image(wherry: Wherry, daemon: Wherryd) -> None:
-    image, archive = "docker.io/library/exposed:test", daemon.folder / "exposed.tar"
-    busybox.write_archive(archive, name=image, exposed=("8123/tcp",))
-    daemon.ctr("images", "import", str(archive))
+    image = "docker.io/library/exposed:test"
+    import_image(daemon, image, ("8123/tcp",))
     wherry.run("run", "-d", "--name", "all", "-P", image, "sh", "-c", HTTP.format(word="all", port=8123))
     port = int(wherry.run("port", "all", "8123").stdout.rpartition(":")[2])
     assert until(lambda: http("127.0.0.1", port)) == "all"
