@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from wherry.cli import image_changes, image_files, inspect, pull, push, registries, system
+from wherry.cli import image_changes, image_files, pull, push, registries, system
 from wherry.cli.arguments import pairs
 from wherry.cli.output import Column, labels, listing, listing_options, size, when
 from wherry.cli.table import Command
@@ -249,6 +249,5 @@ COMMANDS = [
         _delete_options,
         example="wherry images rm --sync docker.io/library/alpine:latest",
     ),
-    inspect.command("image"),
     system.IMAGE_PRUNE,
 ]
