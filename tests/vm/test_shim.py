@@ -6,6 +6,8 @@ import pytest
 
 from tests.vm.machine import Machine
 
+pytestmark = pytest.mark.timeout(400)
+
 
 @pytest.mark.parametrize(
     ("name", "chosen"),
@@ -20,6 +22,6 @@ from tests.vm.machine import Machine
 def test_those_of_the_host_hold_here(machine: Machine, name: str, chosen: str) -> None:
     machine.check("modprobe nf_conntrack_netlink")  # criu asks for it, and the module isn't loaded by asking
     words = f"python -B -m pytest -q -p no:cacheprovider -rs -k '{chosen}' tests/shim/{name}.py"
-    done = machine.run(f"cd /opt/src && WHERRY_REQUIRE_PEERS=1 {words}", timeout=280)
+    done = machine.run(f"cd /opt/src && WHERRY_REQUIRE_PEERS=1 {words}", timeout=360)
     if done.code:
         raise AssertionError(done.out)
