@@ -32,7 +32,7 @@ from wherry.client.sandbox import Limits, Plan, Sandbox, make
 from wherry.client.spec import SpecOptions
 from wherry.client.transfer import Progress, Registry
 from wherry.client.unpack import unpack
-from wherry.core.errors import FailedPrecondition, NotFound, Unavailable
+from wherry.core.errors import FailedPrecondition, NotFound, OutOfRange, Unavailable, Unimplemented
 from wherry.core.platforms import host
 from wherry.core.reference import parse_familiar
 
@@ -282,11 +282,23 @@ class Wherry:
             sandbox.adopt, sandbox.disown = self.adopt, self._open.discard
 
     async def events(self, filters: Iterable[str] = ()) -> AsyncIterator[Event]:
-        """What happens from now on; a daemon that goes away is subscribed to again when it is back."""
+        """What happens from now on. A daemon that goes away is subscribed to again when it is back: `wherryd` goes on
+        where it was, so that nothing is missed (containerd keeps no events; what happened meanwhile is)."""
+        place: int | None = None
         while True:
             with contextlib.suppress(Unavailable):
-                async for event in self.client.events.subscribe(filters):
-                    yield event
+                try:
+                    if place is None:
+                        kept = await self.client.events.kept()
+                        place = max(kept.newest, kept.resume_from)
+                    async for event in self.client.events.follow(filters, after=place):
+                        place = event.sequence
+                        yield event
+                except OutOfRange:
+                    place = None  # it was away for longer than events are kept
+                except Unimplemented:
+                    async for event in self.client.events.subscribe(filters):
+                        yield event
             await asyncio.sleep(RETRY)
 
 

@@ -87,3 +87,33 @@ async def test_events_go_on(daemon: Wherryd) -> None:
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_events_that_come_while_the_daemon_is_away_are_not_missed(daemon: Wherryd) -> None:
+    async with Wherry(daemon.address) as wherry:
+        found: list[tuple[str, int]] = []
+
+        async def watch() -> None:
+            async for event in wherry.events(['topic=="/tasks/exit"']):
+                fields = event.fields()
+                found.append((fields["container_id"], fields.get("exit_status", 0)))
+
+        async def known(name: str) -> None:
+            async with asyncio.timeout(30):
+                while name not in dict(found):
+                    await asyncio.sleep(0.05)
+
+        watching = asyncio.create_task(watch())
+        try:
+            await asyncio.sleep(0.5)
+            async with wherry.run(BUSYBOX, ["true"]) as first:
+                await known(first.id)
+            async with wherry.run(BUSYBOX, ["sh", "-c", "sleep 1; exit 4"]) as container:
+                await asyncio.to_thread(daemon.kill)
+                await asyncio.sleep(2)
+                await asyncio.to_thread(daemon.start)
+                await known(container.id)
+            assert found == [(first.id, 0), (container.id, 4)]
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
