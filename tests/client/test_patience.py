@@ -92,16 +92,19 @@ async def test_events_go_on(daemon: Wherryd) -> None:
 async def test_events_that_come_while_the_daemon_is_away_are_not_missed(daemon: Wherryd) -> None:
     async with Wherry(daemon.address) as wherry:
         found: list[tuple[str, int]] = []
+        more = asyncio.Event()
 
         async def watch() -> None:
             async for event in wherry.events(['topic=="/tasks/exit"']):
                 fields = event.fields()
                 found.append((fields["container_id"], fields.get("exit_status", 0)))
+                more.set()
 
         async def known(name: str) -> None:
             async with asyncio.timeout(30):
                 while name not in dict(found):
-                    await asyncio.sleep(0.05)
+                    more.clear()
+                    await more.wait()
 
         watching = asyncio.create_task(watch())
         try:
