@@ -101,6 +101,7 @@ def _dispatch(flags: dict[str, object], rest: list[str], log: Log) -> int:
     from wherry.runtime import commands
 
     root = str(flags["root"] or "") or _default_root()
+    log.write("debug", f"{command} {' '.join(arguments)}: state in {root}, process {os.getpid()}")
     context = commands.Context(
         root,
         log,
@@ -108,15 +109,18 @@ def _dispatch(flags: dict[str, object], rest: list[str], log: Log) -> int:
         rootless=flags["rootless"] == "true",
         criu=str(flags["criu"] or "criu"),
     )
-    return commands.run(command, context, given, arguments)
+    code = commands.run(command, context, given, arguments)
+    log.write("debug", f"{command}: exit code {code}")
+    return code
 
 
 def _check_count(command: str, count: int, fewest: int, most: int) -> None:
-    if count < fewest:
-        raise ContainerError(f'"{command}" requires a minimum of {fewest} argument(s)')
-    if most >= 0 and count > most:
-        wanted = f"exactly {most} argument(s)" if fewest == most else f"a maximum of {most} argument(s)"
-        raise ContainerError(f'"{command}" requires {wanted}')
+    if fewest <= count <= most or (most < 0 and count >= fewest):
+        return
+    wanted = f"a minimum of {fewest}" if count < fewest else f"a maximum of {most}"
+    raise ContainerError(
+        f'wherry-runtime: "{command}" requires {f"exactly {most}" if fewest == most else wanted} argument(s)'
+    )
 
 
 def _default_root() -> str:

@@ -46,10 +46,21 @@ def run(command: str, context: Context, flags: Flags, arguments: list[str]) -> i
         raise
 
 
+def listening() -> int:
+    """How many descriptors after 2 are sockets that systemd hands to this very process (sd_listen_fds(3))."""
+    count = os.environ.get("LISTEN_FDS", "")
+    return int(count) if count.isdigit() and os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+
+
+def _told(process: dict[str, Any]) -> dict[str, Any]:
+    """The process with what it has to know of those sockets; it is the first one in its pid namespace (runc's rule)."""
+    env = [*(process.get("env") or ()), f"LISTEN_FDS={listening()}", "LISTEN_PID=1"]
+    return {**process, "env": env}
+
+
 def preserved(flags: Flags) -> int:
     """How many descriptors after 2 go on: those of socket activation, then `--preserve-fds`."""
-    listening = os.environ.get("LISTEN_FDS", "")
-    count = (int(listening) if listening.isdigit() else 0) + int(flags["preserve-fds"] or 0)
+    count = listening() + int(flags["preserve-fds"] or 0)
     for fd in range(3, 3 + count):
         try:
             os.fstat(fd)
@@ -59,10 +70,18 @@ def preserved(flags: Flags) -> int:
 
 
 def _request(context: Context, flags: Flags, container_id: str) -> container.CreateRequest:
+    bundle = os.path.abspath(flags["bundle"] or ".")
+    config = None
+    if listening():
+        from wherry.runtime import spec
+
+        config = spec.load(bundle)
+        config = {**config, "process": _told(config.get("process") or {})}
     return container.CreateRequest(
         context.root,
         container_id,
-        os.path.abspath(flags["bundle"] or "."),
+        bundle,
+        spec=config,
         console_socket=os.path.abspath(flags["console-socket"]) if flags["console-socket"] else "",
         pid_file=os.path.abspath(flags["pid-file"]) if flags["pid-file"] else "",
         no_pivot=flags["no-pivot"],
@@ -208,6 +227,8 @@ def _exec(context: Context, flags: Flags, arguments: list[str]) -> int:
     from wherry.runtime import foreground, process_flags
 
     process = process_flags.build(context.root, flags, arguments)
+    if listening():
+        process = _told(process)
     request = container.ExecRequest(
         context.root,
         arguments[0],

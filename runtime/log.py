@@ -18,7 +18,10 @@ class Log:
         self.debug_enabled = debug
 
     def write(self, level: str, message: str) -> None:
-        """One line. An error also goes to stderr when the log is a file: a person may be there."""
+        """One line, unless it is of level `debug` and nobody asked for those. An error also goes to stderr when the
+        log is a file: a person may be there."""
+        if level == "debug" and not self.debug_enabled:
+            return
         import json  # noqa: PLC0415 - most commands say nothing
         import time  # noqa: PLC0415
 
@@ -39,10 +42,6 @@ class Log:
         if level == "error":
             sys.stderr.write(message + "\n")
             sys.stderr.flush()
-
-    def debug(self, message: str) -> None:
-        if self.debug_enabled:
-            self.write("debug", message)
 
     def warn(self, message: str) -> None:
         self.write("warning", message)
