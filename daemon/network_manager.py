@@ -44,10 +44,11 @@ from wherry.daemon.network_kernel import Kernel
 from wherry.daemon.network_names import Names
 from wherry.daemon.network_peers import Peers
 from wherry.daemon.network_registry import Instance, Networks
-from wherry.daemon.network_settings import mac, port, settings_of
+from wherry.daemon.network_settings import port, settings_of
 from wherry.daemon.network_spec import Spec
 from wherry.daemon.network_user import UserNetwork
-from wherry.network.model import DEFAULT, Connection, Endpoint, Network
+from wherry.daemon.network_wishes import Wishes
+from wherry.network.model import Connection, Endpoint, Network, plain
 from wherry.network.store import Store
 from wherry.proto import events_pb2
 from wherry.proto import network_pb2 as pb
@@ -83,6 +84,7 @@ class NetworkManager:
         self.cni = CniNetworks(options, os.path.join(root, "cni"))
         # of an ordinary user's daemon; it has no bridges
         self.user = UserNetwork(os.path.join(self._state, "user")) if places.is_users() else None
+        self._wishes = Wishes(self.networks, self.kernel, self.cni, self.user)
         self._locks: dict[Key, asyncio.Lock] = {}
         self._going: dict[Key, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -213,21 +215,22 @@ class NetworkManager:
             # the namespace would belong to the host's root, and the container couldn't mount its /sys
             raise Unimplemented("a container with a user namespace can't be on a network: use --net none or --net host")
         key = connection.namespace, connection.container
-        wanted, foreign = await self._resolve(settings)
-        self._check_ports(connection, [network for network, _ in wanted], foreign)
+        wanted, foreign = await self._wishes.resolve(settings)
         token = os.urandom(4).hex()
         connection.netns = os.path.join(self.kernel.folder, key[0], f"{key[1]}.{token}")
         connection.endpoints += foreign
         await self.networks.work(lambda store: store.take(connection, wanted))
         connection.endpoints.sort(key=lambda item: item.interface)
         self.connections[key] = connection
+        recorded = plain(connection)
         reach("network.recorded")
         try:
             await self._keep_and_plug(connection)
             for endpoint in foreign:
                 await (self.cni if self.user is None else self.user).add(connection, endpoint)
             reach("network.attached")
-            await self.networks.work(lambda store: store.save(connection))
+            if plain(connection) != recorded:  # ports that were any, what CNI gave
+                await self.networks.work(lambda store: store.save(connection))
         except BaseException:
             await self._release(key)
             raise
@@ -258,63 +261,6 @@ class NetworkManager:
             if error is not None:
                 raise error
 
-    async def _resolve(self, settings: pb.Settings) -> tuple[list[tuple[Network, Endpoint]], list[Endpoint]]:
-        """The endpoints that the settings ask for: those on our networks, and those that CNI makes."""
-        asked = list(settings.networks) or [pb.Attachment(network=DEFAULT)]
-        ours: list[tuple[Network, Endpoint]] = []
-        foreign: list[Endpoint] = []
-        if self.user is not None:
-            return [], [self.user.endpoint(asked[0].network, settings.mode)]
-        for index, item in enumerate(asked):
-            interface = item.interface or f"eth{index}"
-            network = await self.network(DEFAULT if settings.mode == "bridge" else item.network)
-            if network is None:
-                found = self.cni.find(item.network)
-                if found is None:
-                    raise NotFound(f"network {quote(item.network)}: not found")
-                foreign.append(
-                    Endpoint(
-                        found, found, interface, "cni", "", item.ipv4, item.ipv6, item.mac, aliases=list(item.aliases)
-                    )
-                )
-                continue
-            ours.append((network, self.endpoint(network, item, interface)))
-        names = [network.name for network, _ in ours] + [item.name for item in foreign]
-        if len(set(names)) != len(names):
-            raise InvalidArgument("the same network is named twice: invalid argument")
-        return ours, foreign
-
-    async def network(self, name: str) -> Network | None:
-        """A built-in network by its name."""
-        return await self.networks.default() if name in (DEFAULT, "default") else self.networks.find(name)
-
-    def endpoint(self, network: Network, asked: pb.Attachment, interface: str) -> Endpoint:
-        """An endpoint that is still without what it isn't asked to have."""
-        if asked.ipv4 and network.of(4) is None:
-            raise InvalidArgument(f"network {quote(network.name)} has no IPv4 addresses: invalid argument")
-        if asked.ipv6 and network.of(6) is None:
-            raise InvalidArgument(f"network {quote(network.name)} has no IPv6 addresses (--ipv6): invalid argument")
-        return Endpoint(
-            network=network.id,
-            name=network.name,
-            interface=interface,
-            host_interface=self.kernel.veth(),
-            ipv4=asked.ipv4,
-            ipv6=asked.ipv6,
-            mac=mac(asked.mac),
-            aliases=list(asked.aliases),
-        )
-
-    def _check_ports(self, connection: Connection, ours: Sequence[Network], foreign: Sequence[Endpoint]) -> None:
-        if not connection.ports:
-            return
-        if not ours and foreign and self.user is None and not any(self.cni.publishes(item.name) for item in foreign):
-            raise InvalidArgument(
-                f"network {quote(foreign[0].name)} publishes no ports (portMappings): invalid argument"
-            )
-        if ours and all(network.internal for network in ours):
-            raise InvalidArgument(f"network {quote(ours[0].name)} is internal: its ports can't be published")
-
     async def _share(self, key: Key, settings: pb.Settings, spec: Spec) -> None:
         """The network, the name and the files of another container."""
         if self._peers is None:
@@ -333,6 +279,10 @@ class NetworkManager:
             spec.join(f"/proc/{pid}/ns/net")
         spec.name(self.files.hostname(*other), "")
         spec.mount(self.files.folder(*other))
+
+    async def network(self, name: str) -> Network | None:
+        """A built-in network by its name."""
+        return await self._wishes.network(name)
 
     # -- release
 
@@ -437,7 +387,7 @@ class NetworkManager:
                 raise AlreadyExists(f"container {quote(key[1])} is on network {quote(network.name)}: already exists")
             taken = {item.interface for item in connection.endpoints}
             interface = asked.interface or next(f"eth{n}" for n in range(256) if f"eth{n}" not in taken)
-            endpoint = self.endpoint(network, asked, interface)
+            endpoint = self._wishes.endpoint(network, asked, interface)
             await self.networks.work(lambda store: store.take(connection, [(network, endpoint)], fresh=False))
             try:
                 await self.kernel.attach(connection, [endpoint], list(self.connections.values()), make=False)
