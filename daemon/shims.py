@@ -46,6 +46,8 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _CREATE = 120.0  # mounts, hooks and the runtime's own start
+# seconds that a listing waits for shims that the daemon has found at its start and not heard from yet
+_LATE = 1.0
 
 
 class Shims:
@@ -71,7 +73,7 @@ class Shims:
         self._shims: dict[Key, Shim] = {}
         # keys that a create, an end, a load or a clean-up works on; done when it is over
         self._busy: dict[Key, asyncio.Future[None]] = {}
-        self._loading: set[Key] = set()
+        self._loading: dict[Key, Shim] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         exchange.watch(topics.TASK_EXIT, self._saw_exit)
@@ -98,10 +100,22 @@ class Shims:
         return self._shims.get(key)
 
     async def list(self, namespace: str) -> list[Shim]:
-        """The shims of a namespace, those that the daemon's start is still looking for included."""
-        for key in [key for key in self._loading if key[0] == namespace]:
-            await self._settled(key)
-        return [shim for key, shim in self._shims.items() if key[0] == namespace and not shim.launch.sandbox]
+        """The shims of a namespace, those that the daemon's start is still looking for included.
+
+        It waits for those, but not long: one that doesn't answer may not hide the others.
+        """
+        found = [key for key in self._loading if key[0] == namespace]
+        if found:
+            waits = [asyncio.ensure_future(self._settled(key)) for key in found]
+            _, late = await asyncio.wait(waits, timeout=_LATE)
+            for wait in late:
+                wait.cancel()
+        shims = {key: shim for key, shim in self._shims.items() if key[0] == namespace}
+        for key in found:
+            if key in self._loading:
+                self._loading[key].mute = True
+                shims.setdefault(key, self._loading[key])
+        return [shim for shim in shims.values() if not shim.launch.sandbox]
 
     # -- create
 
@@ -406,9 +420,9 @@ class Shims:
         """Begin to look for the shims that an earlier daemon left: for all of them at once, and nobody waits here."""
         for bundle in find(self._places.tasks):
             key = bundle.namespace, bundle.id
-            self._loading.add(key)
             launch = bundle.launch()
             shim = Shim(bundle, launch, bundle.bootstrap() or self._starter.planned(bundle, launch))
+            self._loading[key] = shim
             self._starter.use(shim)  # before any of them is looked at: one may be another's, too
             self._spawn(self._load(shim))
 
@@ -422,7 +436,7 @@ class Shims:
             async with self._working(shim.key):
                 await self._adopt(shim)
         finally:
-            self._loading.discard(shim.key)
+            self._loading.pop(shim.key, None)
 
     async def _adopt(self, shim: Shim) -> None:
         """Take over one shim, or clean up after it."""
