@@ -116,10 +116,10 @@ def test_which_shim(handlers: Any) -> None:
 
 def test_containers_run_with_them(daemon: Wherryd) -> None:
     assert daemon.ctr("run", "--rm", "--runtime", "named", BUSYBOX, "c", "echo", "named").stdout == "named\n"
-    daemon.ctr("run", "-d", "--runtime", "named", BUSYBOX, "stays", "sleep", "1000")
-    assert need("runc") in (daemon.state / "tasks" / "default" / "stays" / "runtime.json").read_text()
-    daemon.ctr("task", "delete", "--force", "stays", check=False)
-    daemon.ctr("containers", "delete", "stays")
+    daemon.ctr("run", "-d", "--runtime", "named", BUSYBOX, "rt-stays", "sleep", "1000")
+    assert need("runc") in (daemon.state / "tasks" / "default" / "rt-stays" / "runtime.json").read_text()
+    daemon.ctr("task", "delete", "--force", "rt-stays", check=False)
+    daemon.ctr("containers", "delete", "rt-stays")
     # the options reach the shim, and what ours doesn't know of them it takes for none
     assert daemon.ctr("run", "--rm", "--runtime", "kata", BUSYBOX, "k", "echo", "kata").stdout == "kata\n"
     packed = AnyMessage.FromString((daemon.state / "stdin-k").read_bytes())
