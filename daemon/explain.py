@@ -6,10 +6,11 @@ import structlog
 
 from wherry.core import topics
 from wherry.daemon.bundle import Bundle, NotedExit
+from wherry.daemon.ends import timestamp
 from wherry.daemon.events import Exchange
 from wherry.daemon.link import Limits
 from wherry.daemon.namespaces import require_namespace
-from wherry.daemon.shims import Shims, timestamp
+from wherry.daemon.shims import Shims
 from wherry.daemon.starting import SIGKILLED
 from wherry.proto import events_pb2
 from wherry.proto import wherry_tasks_pb2 as pb

@@ -24,10 +24,11 @@ from wherry.core.names import check_identifier, quote
 from wherry.daemon import runtimes
 from wherry.daemon.bundle import Bundle
 from wherry.daemon.config import Config
+from wherry.daemon.ends import timestamp
 from wherry.daemon.link import SANDBOX, Limits, Shim
 from wherry.daemon.namespaces import require_namespace
 from wherry.daemon.sandboxes import SandboxStore
-from wherry.daemon.shims import Shims, timestamp
+from wherry.daemon.shims import Shims
 from wherry.proto import runtime_sandbox_pb2 as shim_api
 from wherry.proto import sandbox_pb2 as pb
 from wherry.proto import types_pb2

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
-from google.protobuf import any_pb2, empty_pb2, timestamp_pb2
+from google.protobuf import any_pb2, empty_pb2
 
 from wherry.core import topics
 from wherry.core.errors import (
@@ -31,6 +31,7 @@ from wherry.core.errors import (
 from wherry.core.failpoints import reach
 from wherry.daemon import logs
 from wherry.daemon.bundle import Bundle, Launch, find
+from wherry.daemon.ends import Ends
 from wherry.daemon.events import Exchange
 from wherry.daemon.link import SANDBOX, Key, Limits, Places, Shim
 from wherry.daemon.starting import CONNECT, Starter
@@ -67,7 +68,7 @@ class Shims:
         """
         self._places = places
         self._limits = limits
-        self._exchange = exchange
+        self._ends = Ends(exchange)
         self._starter = Starter(places, forks)
         self._known = known
         self._shims: dict[Key, Shim] = {}
@@ -241,20 +242,12 @@ class Shims:
             await self._leave(shim, now=False)
             reach("daemon.end.left")
             if deleted is None:
-                await self._tell_noted(shim)
+                await self._ends.tell_noted(shim)
             elif not shim.launch.binary and not shim.launch.sandbox:
                 # a shim that was killed on its way out has taken along what it hadn't told yet
                 at = deleted.exited_at.ToNanoseconds()
-                await self._tell(shim, DeadShim(deleted.pid, deleted.exit_status, at))
+                await self._ends.tell(shim, DeadShim(deleted.pid, deleted.exit_status, at))
             await self._remove(shim)
-
-    async def _tell_noted(self, shim: Shim) -> None:
-        """Tell the end that a shim of ours noted before it deleted its task, should it not have come to it."""
-        if shim.launch.binary or shim.launch.sandbox:
-            return
-        for end in shim.bundle.exits():
-            if not end.exec_id:
-                await self._tell(shim, DeadShim(end.pid, end.exit_status, end.exited_at_ns))
 
     async def end_sandbox(self, shim: Shim) -> None:
         """End a sandbox with the tasks that are left in it, its shim, its bundle. Raises what the shim refuses."""
@@ -368,44 +361,12 @@ class Shims:
         # told before the bundle goes: a daemon that dies in between leaves it to the next one, to whom the journal says
         # what was told already
         if (dead.pid or shim.pid) and not shim.launch.sandbox:
-            await self._report(shim, dead)
+            await self._ends.with_its_shim(shim, dead)
         reach("daemon.bury.told")
         await self._remove(shim)
         reach("daemon.bury.removed")
         if not shim.lost.done():
             shim.lost.set_result(dead)
-
-    async def _report(self, shim: Shim, dead: DeadShim) -> None:
-        namespace, identity = shim.key
-        pid = dead.pid or shim.pid
-        log.warning(
-            "container ended with its shim",
-            namespace=namespace,
-            id=identity,
-            pid=pid,
-            exit_status=dead.exit_status,
-            reason=dead.reason,
-        )
-        await self._tell(shim, dead)
-
-    async def _tell(self, shim: Shim, dead: DeadShim) -> None:
-        """Publish the ends of a container's processes and its deletion, unless that was told before."""
-        namespace, identity = shim.key
-        pid = dead.pid or shim.pid
-        at = timestamp(dead.exited_at_ns)
-        ends = [(end.exec_id, end.pid, end.exit_status, timestamp(end.exited_at_ns)) for end in shim.bundle.exits()]
-        ends = [end for end in ends if end[0]]
-        if not shim.exit_published:
-            ends.append((identity, pid, dead.exit_status, at))
-        for name, process, status, exited_at in ends:
-            event = events_pb2.TaskExit(
-                container_id=identity, id=name, pid=process, exit_status=status, exited_at=exited_at
-            )
-            await self._exchange.publish_kept(namespace, topics.TASK_EXIT, event)
-        gone = events_pb2.TaskDelete(
-            container_id=identity, id=identity, pid=pid, exit_status=dead.exit_status, exited_at=at
-        )
-        await self._exchange.publish_kept(namespace, topics.TASK_DELETE, gone)
 
     def _saw_exit(self, envelope: Envelope) -> None:
         """Remember an exit that the shim itself has published, lest its death reports it again."""
@@ -454,7 +415,7 @@ class Shims:
             log.warning("shim does not answer, it is kept", namespace=bundle.namespace, id=bundle.id)
         except NotFound:
             log.info("shim without a task", namespace=bundle.namespace, id=bundle.id)
-            await self._tell_noted(shim)
+            await self._ends.tell_noted(shim)
             await self._undo(shim)
             return
         except WherryError as error:
@@ -519,8 +480,3 @@ class Shims:
         self._tasks.discard(work)
         if not work.cancelled() and (error := work.exception()) is not None and not isinstance(error, WherryError):
             log.error("work on a shim failed", exc_info=error)
-
-
-def timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:
-    """The message for nanoseconds since the epoch."""
-    return timestamp_pb2.Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)

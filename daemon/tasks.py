@@ -20,10 +20,11 @@ from wherry.daemon.bundle import Bundle, Launch
 from wherry.daemon.checkpoints import Checkpoints
 from wherry.daemon.config import Config
 from wherry.daemon.containers import ContainerStore
+from wherry.daemon.ends import timestamp
 from wherry.daemon.link import Limits, Shim
 from wherry.daemon.namespaces import NamespaceStore, require_namespace
 from wherry.daemon.network_manager import NetworkManager
-from wherry.daemon.shims import Shims, timestamp
+from wherry.daemon.shims import Shims
 from wherry.proto import task_v3_pb2 as shim_api
 from wherry.proto import tasks_pb2 as pb
 from wherry.proto.containers_pb2 import Container
