@@ -63,7 +63,8 @@ async def import_(session: Session, args: argparse.Namespace) -> None:
                 # an image for other platforms only is kept, and can't be unpacked here
                 sys.stderr.write(f"wherry: {image.name}: {error.message}\n")
             else:
-                await unpack(client, look, snapshotter)
+                if look.is_image:
+                    await unpack(client, look, snapshotter)
         print(f"{image.name} ({image.target.digest})")
 
 

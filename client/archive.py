@@ -351,6 +351,9 @@ async def save(
         tag = image.name.rpartition("/")[2].partition("@")[0].partition(":")[2]
         names = {IMAGE_NAME: image.name, REF_NAME: tag or image.name}
         top.append(Descriptor(root.media_type, root.digest, root.size).with_annotations(names).to_json())
+        if not look.is_image:
+            # docker has no use for it
+            continue
         entry = docker.setdefault(
             look.config.digest,
             {
@@ -364,11 +367,10 @@ async def save(
     for digest, descriptor in sorted(wanted.items()):
         await _add(target, client.content, descriptor, _path(digest))
     index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": top}
-    for name, document in (
-        ("index.json", index),
-        ("manifest.json", list(docker.values())),
-        ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
-    ):
+    documents: list[tuple[str, Any]] = [("index.json", index), ("oci-layout", {"imageLayoutVersion": "1.0.0"})]
+    if docker:
+        documents.insert(1, ("manifest.json", list(docker.values())))
+    for name, document in documents:
         data = json.dumps(document).encode()
         target.write(_header(name, len(data)) + data + bytes(-len(data) % BLOCK))
     target.write(bytes(2 * BLOCK))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from wherry.core import platforms
 from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest, chain_id
-from wherry.core.errors import InvalidArgument, NotFound
+from wherry.core.errors import DataLoss, InvalidArgument, NotFound
 from wherry.core.mediatypes import is_config, is_index, is_manifest
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ class Picture(NamedTuple):
     config: Descriptor
     document: Mapping[str, Any]
     layers: tuple[Descriptor, ...]
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is of a file system; else an artifact, which can be stored and moved, and not unpacked."""
+        return is_config(self.config.media_type)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -88,7 +93,14 @@ async def picture(content: Content, target: Descriptor, platform: Platform | Non
     manifest, document = await manifest_of(content, target, platform or platforms.host())
     config = Descriptor.from_json(document.get("config"), "config of the manifest")
     layers = tuple(Descriptor.from_json(item) for item in document.get("layers") or ())
-    return Picture(manifest, config, await read_json(content, config), layers)
+    try:
+        found = await read_json(content, config)
+    except (InvalidArgument, DataLoss):
+        # of an artifact the configuration may be anything
+        if is_config(config.media_type):
+            raise
+        found = {}
+    return Picture(manifest, config, found, layers)
 
 
 async def documents(content: Content, target: Descriptor, wanted: Iterable[Platform] = ()) -> list[Document]:

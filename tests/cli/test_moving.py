@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import pty
@@ -21,6 +22,7 @@ import pytest
 from tests import busybox
 from tests.cli.conftest import Wherry
 from tests.containerd import Containerd
+from tests.daemon.test_transfer_copy import artifact
 from tests.daemon.transfer_rig import Image, make_image, make_index, publish, tar
 from tests.peers import need
 from tests.registry.conftest import PASSWORD, USER, locked_registry, registry
@@ -300,3 +302,26 @@ def test_containerd_2_moves_images_for_us(registry: str) -> None:
         assert "as wherryd does" in denied.stderr
     finally:
         containerd.close()
+
+
+@pytest.mark.parametrize("config", [b"{}", b"no JSON"])
+def test_artifacts(wherry: Wherry, registry: str, tmp_path: Path, config: bytes) -> None:
+    """What is no image of a file system is moved like one."""
+    made, name, archive = artifact(config), f"{registry}/artifacts/thing:v1", str(tmp_path / "thing.tar")
+    asyncio.run(publish(made, name))
+    assert "unknown-sha256" in wherry.run("pull", "--plain-http", name).stderr
+    listed = wherry.run("images", "ls")
+    assert name in listed.stdout
+    assert listed.stderr == ""
+    wherry.run("images", "export", archive, name)
+    wherry.run("images", "rm", "--sync", name)
+    wherry.run("images", "import", archive)
+    wherry.run("push", "-q", "--plain-http", f"{registry}/artifacts/thing:v2", name)
+    wherry.run(
+        "images", "copy", "-q", "--plain-http", f"{registry}/artifacts/thing:v2", f"{registry}/artifacts/other:v1"
+    )
+    digest = json.loads(wherry.run("images", "inspect", name).stdout)["Target"]["digest"]
+    skopeo = [need("skopeo"), "inspect", "--raw", "--tls-verify=false", f"docker://{registry}/artifacts/other:v1"]
+    raw = subprocess.run(skopeo, capture_output=True, check=True).stdout
+    assert digest == f"sha256:{hashlib.sha256(raw).hexdigest()}" == str(made.target.digest)
+    wherry.run("images", "rm", "--sync", name)

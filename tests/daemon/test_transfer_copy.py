@@ -36,14 +36,14 @@ __all__ = ["place", "registry", "rig", "serve"]
 OTHER = parse("linux/s390x") if host().architecture != "s390x" else parse("linux/amd64")
 
 
-def artifact() -> Image:
+def artifact(config: bytes = b"{}") -> Image:
     """A manifest of things that are no image: an empty configuration, a document, a type that nobody knows."""
     made = Image(Descriptor("", Digest.of(b""), 0))
     manifest = {
         "schemaVersion": 2,
         "mediaType": mediatypes.OCI_MANIFEST,
         "artifactType": "application/x-test",
-        "config": made.put(b"{}", mediatypes.OCI_EMPTY).to_json(),
+        "config": made.put(config, mediatypes.OCI_EMPTY).to_json(),
         "layers": [
             made.put(b"a signature", "application/x-unknown").to_json(),
             made.put(b"a text", "text/plain").to_json(),
