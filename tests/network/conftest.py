@@ -14,6 +14,8 @@ from tests.peers import need
 from tests.wherryd import Wherryd
 
 CONFIG = '[network]\npools = ["10.247.0.0/16/24"]\n'
+# seconds for a start: in a virtual machine that is emulated everything takes ten times its time
+START = 120.0
 _FORWARDING = ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding")
 
 
@@ -47,7 +49,7 @@ def daemon() -> Iterator[Wherryd]:
     """A daemon with an image, for the tests that leave it alone."""
     daemon = make_daemon()
     try:
-        daemon.start()
+        daemon.start(START)
         import_image(daemon)
         yield daemon
     finally:

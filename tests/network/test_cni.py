@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Wherry
-from tests.network.conftest import import_image, make_daemon
+from tests.network.conftest import START, import_image, make_daemon
 from tests.network.traffic import HTTP, free_port, http, until
 from tests.peers import missing, need
 from tests.wherryd import BUSYBOX
@@ -352,7 +352,7 @@ def test_container_on_a_network_of_cni(lab: Lab, namespace: str) -> None:
     )
     leases = lab.folder / "ipam" / "standard"
     try:
-        daemon.start()
+        daemon.start(START)
         import_image(daemon)
         wherry = Wherry(daemon.address)
         assert "standard" in wherry.run("network", "ls").stdout
@@ -371,7 +371,7 @@ def test_container_on_a_network_of_cni(lab: Lab, namespace: str) -> None:
             os.kill(pid, 9)
         subprocess.run(["rm", "-rf", str(daemon.state / "tasks")], check=False)
         assert list(leases.glob("10.*"))
-        daemon.start()
+        daemon.start(START)
         assert until(lambda: list(leases.glob("10.*")), lambda left: not left) == []
     finally:
         daemon.close()

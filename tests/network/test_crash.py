@@ -14,7 +14,7 @@ import pytest
 
 from tests import networks
 from tests.cli.conftest import Wherry
-from tests.network.conftest import import_image, make_daemon
+from tests.network.conftest import START, import_image, make_daemon
 from tests.network.traffic import HTTP, free_port, http, until
 from tests.wherryd import BUSYBOX, Wherryd
 
@@ -36,7 +36,7 @@ def fragile() -> Iterator[Wherryd]:
     daemon = make_daemon()
     daemon.env["WHERRY_FAIL_FILE"] = str(daemon.folder / "fail")
     try:
-        daemon.start()
+        daemon.start(START)
         import_image(daemon)
         Wherry(daemon.address).run("network", "create", "--ipv6", "shop")
         yield daemon
@@ -98,7 +98,7 @@ def test_daemon_killed(fragile: Wherryd, point: str) -> None:
         assert done.returncode == 0, done.stderr
     assert until(lambda: not file.exists())
     fragile.kill()
-    fragile.start()
+    fragile.start(START)
     remove_all(wherry)
     assert until(lambda: nothing(fragile), lambda found: not found) == []
     # and it works as before, with the same port
@@ -126,7 +126,7 @@ def test_worker_killed(fragile: Wherryd, point: str) -> None:
         # the child that removes things died: what is left is recorded, and goes with the next start
         assert done.returncode == 0
         fragile.kill()
-        fragile.start()
+        fragile.start(START)
         remove_all(wherry)
         assert until(lambda: nothing(fragile), lambda found: not found) == []
     wherry.run("run", "--rm", "--net", name, BUSYBOX, "true")
@@ -146,7 +146,7 @@ def test_running_containers_keep_their_network_over_a_crash(fragile: Wherryd) ->
     assert http("127.0.0.1", port) == "alive"
     assert http("::1", port) == "alive"
     os.kill(pid, signal.SIGKILL)  # ends while nobody sees it
-    fragile.start()
+    fragile.start(START)
     assert http("127.0.0.1", port) == "alive"
     assert until(lambda: len(networks.links(fragile.state)), lambda count: count == 3) == 3  # two bridges, one veth
     wherry.run("run", "--rm", BUSYBOX, "true")
@@ -165,7 +165,7 @@ def test_everything_is_gone_after_a_power_loss(fragile: Wherryd) -> None:
         subprocess.run(["umount", "-l", target], check=False)
     networks.clean(fragile.state)
     subprocess.run(["rm", "-rf", str(fragile.state)], check=True)
-    fragile.start()
+    fragile.start(START)
     assert until(lambda: nothing(fragile), lambda found: not found) == []
     remove_all(wherry)
     wherry.run("run", "--rm", BUSYBOX, "true")
@@ -174,7 +174,7 @@ def test_everything_is_gone_after_a_power_loss(fragile: Wherryd) -> None:
 def test_nothing_is_left_when_the_daemon_ends_without_containers() -> None:
     daemon = make_daemon()
     try:
-        daemon.start()
+        daemon.start(START)
         import_image(daemon)
         Wherry(daemon.address).run("run", "--rm", "-p", "80", BUSYBOX, "true")
         assert networks.tables(daemon.state)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cli.conftest import Wherry
+from tests.network.conftest import START
 from tests.network.traffic import HTTP, free_port, http, until
 from tests.peers import need
 from tests.wherryd import BUSYBOX, Wherryd
+from wherry.network import dns_message as wire
 
 
 def sleeper(wherry: Wherry, name: str, *options: str) -> str:
@@ -183,7 +188,7 @@ def test_names_survive_the_daemon_and_the_keeper_comes_back(wherry: Wherry, daem
     before = keeper(daemon)
     daemon.kill()
     assert db in _ask_from(pid, "db")  # nobody but the keeper is there
-    daemon.start()
+    daemon.start(START)
     assert keeper(daemon) == before
     assert db in until(lambda: lookup(wherry, "web", "db"), lambda text: db in text)
     os.kill(before, signal.SIGKILL)
@@ -223,3 +228,43 @@ def keeper(daemon: Wherryd) -> int:
 def _ask_from(pid: int, name: str) -> str:
     command = [need("nsenter"), f"--net=/proc/{pid}/ns/net", f"--mount=/proc/{pid}/ns/mnt", "/bin/nslookup", name]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+
+
+@contextlib.contextmanager
+def upstream(address: str) -> Iterator[list[str]]:
+    """A name server outside: every name has the address 203.0.113.7; what it was asked."""
+    asked: list[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((address, 53))
+        sock.settimeout(0.1)
+        ended = threading.Event()
+
+        def serve() -> None:
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    data, source = sock.recvfrom(2048)
+                    query = wire.parse(data)
+                    asked.append(query.name)
+                    records = [wire.address("203.0.113.7")] if query.kind == wire.A else []
+                    sock.sendto(wire.answer(query, records), source)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield asked
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_what_is_not_known_is_asked_outside(wherry: Wherry) -> None:
+    wherry.run("network", "create", "shop")
+    # a server that only the host reaches is fine: the keeper asks; the first one is mute, the second answers
+    sleeper(wherry, "web", "--net", "shop", "--dns", "127.0.0.78", "--dns", "127.0.0.77")
+    with upstream("127.0.0.77") as asked:
+        assert "Address: 203.0.113.7" in until(
+            lambda: lookup(wherry, "web", "out.example"), lambda text: "203." in text
+        )
+        assert "out.example" in asked
+        assert "web" not in asked  # names of its own networks never leave
+        assert "203.0.113.7" not in lookup(wherry, "web", "web")

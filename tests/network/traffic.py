@@ -13,7 +13,7 @@ from typing import TypeVar
 from tests.peers import need
 
 T = TypeVar("T")
-PATIENCE = 15.0
+PATIENCE = 60.0
 
 # a server for a container: says what it was given as its name to each connection, and over UDP to each datagram
 TCP = "while :; do echo {word} | nc -l -p {port}; done"

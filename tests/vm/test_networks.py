@@ -10,6 +10,7 @@ from tests.vm.machine import Machine
 _CARD = "modprobe dummy; ip link add card0 type dummy; ip addr add 192.0.2.9/24 dev card0; ip link set card0 up"
 
 
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [
@@ -20,7 +21,7 @@ _CARD = "modprobe dummy; ip link add card0 type dummy; ip addr add 192.0.2.9/24 
 )
 def test_those_of_the_host_hold_here(machine: Machine, name: str, chosen: str) -> None:
     machine.run(_CARD)
-    words = f"python -B -m pytest -q -p no:cacheprovider -rs -k '{chosen}' tests/network/{name}.py"
-    done = machine.run(f"cd /opt/src && WHERRY_REQUIRE_PEERS=1 {words}", timeout=280)
+    words = f"python -B -m pytest -q -p no:cacheprovider --timeout 600 -rs -k '{chosen}' tests/network/{name}.py"
+    done = machine.run(f"cd /opt/src && WHERRY_REQUIRE_PEERS=1 {words}", timeout=900)
     if done.code:
         raise AssertionError(done.out)
