@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import signal
+import struct
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -34,6 +36,8 @@ CHUNK = 1 << 20
 GOOD = 5.0
 # after the end of a process its streams close; when a child that outlived it holds them open, this silence is enough
 SILENCE = 2.0
+# ioctl_pipe(2), without `termios`
+FIONREAD = 0x541B
 # ^D: the default VEOF of a terminal
 END_OF_INPUT = b"\x04"
 # those that a person or a supervisor sends to stop or steer a program
@@ -196,7 +200,11 @@ class Attachment:
             try:
                 return os.splice(source, target, CHUNK) > 0
             except BlockingIOError:
-                return False
+                if not _has_data(source):
+                    return False
+                # between two pipes the kernel doesn't wait for the second one either: it is full
+                select.select([], [target], [])
+                return True
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
@@ -275,6 +283,11 @@ class Attachment:
         # the process may have ended meanwhile, and the daemon may be away: nothing reads any more in either case
         with contextlib.suppress(WherryError):
             drive(self._client.tasks.close_stdin(*self._process))
+
+
+def _has_data(source: int) -> bool:
+    """Whether a FIFO holds something."""
+    return struct.unpack("i", fcntl.ioctl(source, FIONREAD, b"\0" * 4))[0] > 0
 
 
 @contextlib.contextmanager

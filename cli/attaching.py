@@ -10,7 +10,8 @@ from wherry.client.fifos import Fifos
 from wherry.client.finding import name_of
 from wherry.client.states import inspect_state
 from wherry.core.container_logs import folder_of
-from wherry.core.errors import FailedPrecondition, InvalidArgument
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
+from wherry.core.labels import LOG_URI
 
 if TYPE_CHECKING:
     import argparse
@@ -125,20 +126,46 @@ async def attach(session: Session, container: Container, *, keys: bytes, stdin: 
     return status or 0
 
 
-def follow_log(
-    session: Session, container: Container, task: Process, *, keys: bytes, stdin: bool, signals: bool
+async def start_logged(
+    session: Session, container: Container, mounts: Sequence[Mount], *, interactive: bool, signals: bool
 ) -> int | None:
-    """Follows a container whose output goes to a log: what is written from now on, our input where it takes some.
+    """`start_followed` for one that stays when it has ended: its output goes to its log, and from there to us."""
+    client = session.client
+    with coded():
+        await lifecycle.start_new(client, container, mounts)
+        task = await client.tasks.get(container.id)
+    return follow_log(session, container, task, keys=b"", stdin=interactive, signals=signals, whole=True)
+
+
+def is_logged(session: Session, container: Container) -> bool:
+    """Whether a container in the foreground is shown from its log: one without a terminal, under a shim of ours."""
+    terminal = bool(((container.spec or {}).get("process") or {}).get("terminal"))
+    ours = bool(getattr(session.client.calls.transport, "ours", False))
+    return ours and not terminal and bool(folder_of(container.labels.get(LOG_URI, "")))
+
+
+def follow_log(
+    session: Session,
+    container: Container,
+    task: Process,
+    *,
+    keys: bytes,
+    stdin: bool,
+    signals: bool,
+    whole: bool = False,
+) -> int | None:
+    """Follows a container whose output goes to a log: what is written from now on (`whole`: all of it), and our input.
 
     A thread copies the log; this one copies input, passes signals on and waits for the end.
     """
     import threading
+    import time
 
     from wherry.cli.attach import Waiter
     from wherry.client.logs import folder
 
     path = folder(task.stdio.stdout)
-    printer = threading.Thread(target=_print_log, args=(path,), daemon=True)
+    printer = threading.Thread(target=_print_log, args=(path, None if whole else time.time()), daemon=True)
     try:
         fifos: Fifos | None = Fifos.existing(task.stdio)
     except FailedPrecondition:
@@ -159,12 +186,16 @@ def follow_log(
     return status
 
 
-def _print_log(path: str) -> None:
+def _print_log(path: str, since: float | None) -> None:
     import os
 
     from wherry.client.logs import read
 
-    for entry in read(path, tail=0, follow=True):
-        view = memoryview(entry.data)
-        while view:
-            view = view[os.write(2 if entry.stream == "stderr" else 1, view) :]
+    try:
+        for entry in read(path, since=since, follow=True):
+            view = memoryview(entry.data)
+            while view:
+                view = view[os.write(2 if entry.stream == "stderr" else 1, view) :]
+    except (NotFound, BrokenPipeError):
+        # it wrote nothing and was removed, or whoever reads our output has enough: the wait for its end goes on
+        return

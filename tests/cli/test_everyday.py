@@ -174,3 +174,26 @@ def test_a_cidfile_and_removal_by_the_daemon(wherry: Wherry, tmp_path: Path) -> 
     assert path.read_text() == identity
     eventually(lambda: wherry.run("ps", "-aq").stdout == "")
     assert "is there" in wherry.run("run", "--cidfile", str(path), BUSYBOX, "true", code=125).stderr
+
+
+def test_output_in_the_foreground_is_kept(wherry: Wherry) -> None:
+    try:
+        done = wherry.run("run", "--name", "fg", BUSYBOX, "sh", "-c", "echo out; echo err >&2; exit 5", code=5)
+        assert (done.stdout, done.stderr) == ("out\n", "err\n")
+        assert wherry.run("logs", "fg").stdout == "out\n"
+        assert wherry.run("run", "-i", "--name", "fgi", BUSYBOX, "cat", stdin="in\n").stdout == "in\n"
+        many = wherry.run("run", "--name", "many", BUSYBOX, "seq", "30000").stdout.splitlines()
+        assert (len(many), many[-1]) == (30000, "30000")
+    finally:
+        wherry.run("rm", "-f", "fg", "fgi", "many")
+
+
+def test_attach_to_what_logs(wherry: Wherry) -> None:
+    script = "echo before; read x; echo got $x; exit 4"
+    wherry.run("run", "-d", "-i", "--name", "reads", BUSYBOX, "sh", "-c", script)
+    try:
+        eventually(lambda: "before" in wherry.run("logs", "reads").stdout)
+        assert wherry.run("attach", "reads", stdin="it\n", code=4).stdout == "got it\n"
+        assert "can't be attached to: it is exited" in wherry.run("attach", "reads", code=1).stderr
+    finally:
+        wherry.run("rm", "-f", "reads")

@@ -240,3 +240,12 @@ def test_a_daemon_that_dies_meanwhile(tmp_path: Path) -> None:
         assert daemon.settle() == []
     finally:
         daemon.close()
+
+
+def test_a_slow_reader_of_a_pipe_loses_nothing(wherry: Wherry) -> None:
+    with wherry.start("run", "--rm", BUSYBOX, "head", "-c", "500000", "/dev/zero", stdout=subprocess.PIPE) as process:
+        # the container has ended, and our pipe is full
+        time.sleep(1.5)
+        assert process.stdout is not None
+        assert len(process.stdout.read()) == 500_000
+        assert process.wait(60) == 0
