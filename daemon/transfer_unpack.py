@@ -201,11 +201,14 @@ class Unpacker:
 
     async def _follow(self, at: _Layer, growing: Growing, parent: str) -> str | None:
         """Apply a layer while it comes; None where that failed: what is wrong with it, the whole of it will say."""
+        telling = asyncio.create_task(_tell_extracting(at))
         try:
             with growing.follow() as (file, signs):
                 return await self._apply(at, parent, file, signs)
         except (WherryError, FileNotFoundError):
             return None
+        finally:
+            telling.cancel()
 
     async def _apply_whole(self, at: _Layer, *, beside: bool) -> tuple[str, bool]:
         """Apply a layer that is in the store; the snapshot's key, and whether it is still to be set on its parent."""
@@ -251,6 +254,13 @@ class Unpacker:
         if key:
             with contextlib.suppress(NotFound):
                 await self._snapshots.remove(task.namespace, task.snapshotter, key, lease=task.lease)
+
+
+async def _tell_extracting(at: _Layer) -> None:
+    """A layer that has come is called what it is from then on."""
+    with contextlib.suppress(Exception):  # what is wrong with the download is told by who waits for it
+        await at.task.ready(at.layer)
+        at.progress.update(at.layer, "extracting", 0)
 
 
 def _key(chain: str) -> str:

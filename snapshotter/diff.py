@@ -24,7 +24,7 @@ from wherry.snapshotter.tarwrite import TarWriter, padding
 _STEP = 256 << 10
 _SECOND = 1_000_000_000
 _OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
-_MOVED = ("redirect", "metacopy")
+_OF_WRITING = frozenset(("upperdir", "workdir", "lowerdir", "rw", "uidmap", "gidmap"))
 
 
 def write_diff(
@@ -43,9 +43,9 @@ def write_diff(
     output = Output(fd, compression, progress)
     layer = LayerWriter(TarWriter(output.write), epoch)
     changed = upper_directory(lower, upper)
+    # a container's root wrote what the host has as 100000: in the layer it is 0 again
+    layer.owners = owners(upper)
     if changed is not None:
-        # a container's root wrote what the host has as 100000: in the layer it is 0 again
-        layer.owners = owners(upper)
         _enter(changed)
         walk_upper(layer, "")
     else:
@@ -129,12 +129,13 @@ def _enter_both(lower: Sequence[Mount], upper: Sequence[Mount]) -> None:
 
 
 def _read_only(mount: Mount) -> Mount:
-    """A mount to look at: an overlay without its upper directory, which may be in use."""
+    """A mount to look at: an overlay without its upper directory, which may be in use; with the owners that the files
+    have, whatever a user namespace is shown."""
     layers = chain([mount]) if mount.type == "overlay" else None
     if layers is None or len(layers) < 2:
-        options = tuple(option for option in mount.options if option != "rw")
+        options = tuple(o for o in mount.options if o != "rw" and not o.startswith(("uidmap=", "gidmap=")))
         return Mount(mount.type, mount.source, mount.target, options if "ro" in options else ("ro", *options))
-    kept = [o for o in mount.options if o.partition("=")[0] not in ("upperdir", "workdir", "lowerdir", "rw")]
+    kept = [o for o in mount.options if o.partition("=")[0] not in _OF_WRITING]
     joined = ":".join(layer.replace("\\", "\\\\").replace(":", "\\:") for layer in layers)
     return Mount("overlay", "overlay", mount.target, ("ro", *kept, f"lowerdir={joined}"))
 

@@ -153,6 +153,10 @@ async def test_the_layer_of_a_user_namespaces_container_has_the_images_owners(
             (tree / name).write_text(name)
             os.chown(tree / name, owner, owner)
     await applier.diff(overlay.view("v", "base"), overlay.mounts("k"), PLAIN, str(tmp_path / "layer"))
+    # the same by walking: from nothing to all of it
+    await applier.diff(overlay.prepare("empty"), overlay.mounts("k"), PLAIN, str(tmp_path / "all"))
+    with tarfile.open(tmp_path / "all") as archive:
+        assert {member.name: member.uid for member in archive} == {"d": 0, "d/new": 0, "old": 5, "user": 1000}
     await applier.apply(overlay.prepare("plain", "base"), str(tmp_path / "layer"), PLAIN)
     with mounted(overlay.mounts("plain"), tmp_path / "m") as tree:
         stats = {name: (tree / name).stat() for name in ("d", "d/new", "user", "old")}
