@@ -139,3 +139,25 @@ def test_flushed_rules_come_back_and_relays_help_meanwhile(wherry: Wherry, daemo
     assert networks.tables(daemon.state) == [table]
     listed = subprocess.run(["nft", "list", *table.split()], capture_output=True, text=True, check=True).stdout
     assert f"tcp . {port}" in listed
+
+
+def test_somebody_elses_drop_is_theirs_and_is_said(wherry: Wherry, daemon: Wherryd) -> None:
+    """A firewall that drops what is forwarded: said in the log; the host itself still reaches what is published."""
+    bridge = f"wherry-{networks.instance(daemon.state)}"
+    table = f"wherrytest{os.getpid()}"
+    chain = f'type filter hook forward priority 0; policy drop\niifname != "{bridge}" oifname != "{bridge}" accept\n'
+    text = f"table inet {table} {{\nchain forward {{\n{chain}}}\n}}\n"
+    daemon.restart()  # it says it once
+    subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
+    try:
+        port = free_port()
+        serve(wherry, "web", "-p", f"{port}:80")
+        assert until(lambda: http("127.0.0.1", port)) == "web"
+        assert until(lambda: f"inet {table} forward" in daemon.log_text())
+        with neighbour(f"wn{os.getpid()}") as there:
+            ask = "import socket,sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 1)"
+            assert there(sys.executable, "-c", ask, "10.248.77.1", str(port)).returncode != 0
+        listed = subprocess.run(["nft", "list", "table", "inet", table], capture_output=True, text=True, check=True)
+        assert bridge in listed.stdout  # untouched
+    finally:
+        subprocess.run(["nft", "delete", "table", "inet", table], check=True)
