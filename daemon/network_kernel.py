@@ -85,7 +85,8 @@ class Kernel:
     async def withdraw(self, connection: Connection) -> None:
         """Its published ports lead nowhere from now on."""
         text = rules.withdraw(self._instance.table, connection)
-        if text and self._known is not None:
+        # also where no table is known: one that is being made may have them
+        if text and self.touched:
             await self._worker.call("withdraw", rules=text)
 
     async def detach(self, connection: Connection, endpoints: Sequence[Endpoint], *, whole: bool) -> None:

@@ -154,6 +154,8 @@ def _ports(connection: Connection) -> list[tuple[str, str, str]]:
         return []
     found = []
     for port in connection.ports:
+        if not port.host_port or port.host_port_end:
+            continue  # which one it will be isn't known yet
         if endpoint.address4 and 4 in families(port):
             found.append(_port(port, "4", endpoint.address4))
         if endpoint.address6 and 6 in families(port):
