@@ -81,6 +81,13 @@ def descriptors_of(pid: int) -> Counter[str]:
     return found
 
 
+def command_of(pid: int) -> str:
+    """A process's command line; "" where it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
 class Worker(threading.Thread):
     """One client."""
 
@@ -233,6 +240,16 @@ class Churn:
         return max((s.memory - first[int(s.age)] for s in last), default=0)
 
 
+def warm(daemon: Wherryd) -> None:
+    """Wait until the fork server has loaded what it loads: until then it has children, and descriptors are open."""
+    deadline = time.monotonic() + LIFE
+    while time.monotonic() < deadline:
+        if any(command_of(pid).startswith("wherry-forkserver ") for pid in daemon.processes()):
+            break
+        time.sleep(0.1)
+    time.sleep(3)
+
+
 def settled(churn: Churn, before: dict[str, int]) -> dict[str, tuple[int, int]]:
     """What differs from before, given time to become equal; fewer is as good."""
     deadline = time.monotonic() + SETTLE
@@ -267,10 +284,11 @@ def main() -> None:
         churn.run(5.0, 0)  # what is made once is made
         churn.samples.clear()
         daemon.restart()
-        time.sleep(3)
+        warm(daemon)
         before, opened = churn.state(), descriptors_of(daemon.pid)
         tally = churn.run(args.minutes * 60, args.kill_every)
         daemon.restart()
+        warm(daemon)
         more = settled(churn, before)
         grown = churn.growth()
         print(
@@ -281,6 +299,9 @@ def main() -> None:
             print(f"more {name}: {was} before, {now} after")
         if "descriptors" in more:
             print("open beyond what was before:", dict(descriptors_of(daemon.pid) - opened))
+        if "processes" in more:
+            for pid in daemon.processes():
+                print(f"process {pid}: {command_of(pid)}")
         for text in tally.wrong:
             print(text)
         if args.plot:
