@@ -287,7 +287,7 @@ class Attachment:
 
 def _has_data(source: int) -> bool:
     """Whether a FIFO holds something."""
-    return struct.unpack("i", fcntl.ioctl(source, FIONREAD, b"\0" * 4))[0] > 0
+    return bool(struct.unpack("i", fcntl.ioctl(source, FIONREAD, b"\0" * 4))[0])
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +50,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def print_json(value: Any) -> None:
     """JSON for people and programs: indented, keys in the order they were given."""
+    import json
+
     json.dump(value, sys.stdout, indent=4, ensure_ascii=False, default=_fallback)
     sys.stdout.write("\n")
 

@@ -10,7 +10,7 @@ from wherry.cli.formats import Headings, cut, decimal_size, filters, labels_fit,
 from wherry.cli.table import Command
 from wherry.client.finding import choose, name_of, short_id, short_image
 from wherry.client.states import State, ago, describe, label_json, state_of
-from wherry.core.errors import InvalidArgument, NotFound
+from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
 from wherry.core.labels import MOUNTS
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ async def ps(session: Session, args: argparse.Namespace) -> None:
     for status in found.get("status", ()):
         if status not in STATUSES:
             raise InvalidArgument(f"unknown status {status!r}: there are {', '.join(STATUSES)}")
-    # the daemon asks shims while the records come
-    asked = client.tasks.listing()
     containers = await client.containers.list()
-    tasks = {task.container_id: task for task in await asked.tasks()}
+    tasks = {task.container_id: task for task in await client.tasks.list()}
     containers.sort(key=lambda item: item.created_at, reverse=True)
     items = [(item, state_of(item, tasks.get(item.id))) for item in containers]
     last = 1 if args.latest else args.last
@@ -73,7 +71,10 @@ async def _networks(client: Client, rows: list[dict[str, Any]], items: list[tupl
         return
     from wherry.client.network import show_ports
 
-    has = {status.container: status for status in await client.networks.status()}
+    try:
+        has = {status.container: status for status in await client.networks.status()}
+    except (Unimplemented, NotFound):
+        return
     for line, (item, _) in zip(rows, items, strict=True):
         if (status := has.get(item.id)) is not None:
             line["Ports"] = show_ports(status.ports)

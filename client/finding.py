@@ -13,17 +13,22 @@ if TYPE_CHECKING:
     from wherry.client.api import Client
     from wherry.client.containers import Container
 
-# docker's rule for names of containers and volumes
-NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
+# docker's rule for names of containers and volumes. (Patterns are compiled when they are used: listings do without.)
+_NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
 # digits of an id that people see
 SHORT = 12
-_ID = re.compile(r"[0-9a-f]{64}")
-_ANY_ID = re.compile(r"[A-Za-z0-9._-]+")
+_ID_LENGTH = 64
+_ANY_ID = r"[A-Za-z0-9._-]+"
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a container or a volume."""
+    return re.fullmatch(_NAME, text) is not None
 
 
 def check_name(kind: str, name: str) -> str:
     """The name, when it is one; raises InvalidArgument."""
-    if not NAME.fullmatch(name):
+    if not is_name(name):
         raise InvalidArgument(
             f"invalid {kind} name {name!r}: only letters, digits, '_', '.' and '-' are allowed, a letter or digit first"
         )
@@ -37,7 +42,7 @@ def name_of(container: Container) -> str:
 
 def short_id(identity: str) -> str:
     """Twelve digits of an id of ours; other ids (ctr's are words) as they are."""
-    return identity[:SHORT] if _ID.fullmatch(identity) else identity
+    return identity[:SHORT] if len(identity) == _ID_LENGTH and identity.isalnum() else identity
 
 
 def short_image(name: str) -> str:
@@ -78,7 +83,7 @@ async def find_some(client: Client, references: Iterable[str]) -> list[Container
 
 def _filters(reference: str) -> list[str]:
     # nothing else can be an id or a name, and would have to be quoted
-    if not _ANY_ID.fullmatch(reference):
+    if not re.fullmatch(_ANY_ID, reference):
         return []
     pattern = reference.replace(".", "[.]")
     return [f'labels."{CONTAINER_NAME}"=="{reference}"', f'id~="^{pattern}"']

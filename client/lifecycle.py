@@ -15,7 +15,14 @@ from wherry.client.finding import check_free, name_of
 from wherry.client.states import State, inspect_state, label_json
 from wherry.client.tasks import Exit, Stdio
 from wherry.core import container_logs
-from wherry.core.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unimplemented,
+    WherryError,
+)
 from wherry.core.labels import (
     CONFIG,
     CONTAINER_NAME,
@@ -38,8 +45,6 @@ if TYPE_CHECKING:
     from wherry.client.containers import Container
     from wherry.client.values import Mount
 
-# of a container's record: what it asks of networks (wherry.client.network, which takes a while to load)
-NETWORK = "wherry.network"
 # seconds between the stop signal and SIGKILL, where neither container nor caller says (docker's)
 STOP_SECONDS = 10.0
 # for processes that were sent SIGKILL to be gone
@@ -263,14 +268,14 @@ async def rename(client: Client, container: Container, name: str) -> None:
         raise InvalidArgument(f"container {name} has this name already")
     await check_free(client, name)
     await client.containers.label(container.id, {CONTAINER_NAME: name})
-    if NETWORK in container.extensions:
-        await client.networks.rename(container.id, [name])
     from wherry.client.network import read_extensions
 
     asked = read_extensions(container.extensions)
     if asked is not None:  # others find it by its new name from now on
         names = [other for other in asked.names if other != name_of(container)]
-        await client.networks.rename(container.id, [name, *names])
+        # a daemon without networks keeps what was asked for, and nothing more
+        with contextlib.suppress(Unimplemented):
+            await client.networks.rename(container.id, [name, *names])
 
 
 async def pause(client: Client, container: Container) -> None:

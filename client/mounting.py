@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from wherry.client.finding import NAME
+from wherry.client.finding import is_name
 from wherry.core.errors import InvalidArgument, NotFound
 
 PROPAGATIONS = frozenset({"private", "rprivate", "shared", "rshared", "slave", "rslave"})
@@ -51,7 +51,7 @@ def parse_volume(text: str) -> Wish:
     wish = Wish("volume", target, source)
     if source.startswith(("/", "./", "../", "~/")) or source in {".", ".."}:
         wish = wish._replace(type="bind", source=os.path.abspath(os.path.expanduser(source)), make=True)
-    elif source and not NAME.fullmatch(source):
+    elif source and not is_name(source):
         raise InvalidArgument(
             f"volume {text!r}: {source!r} is neither an absolute path nor a volume's name (letters, digits, _ . -)"
         )

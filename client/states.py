@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,6 +43,8 @@ def label_json(container: Container, label: str) -> dict[str, Any]:
     text = container.labels.get(label)
     if not text:
         return {}
+    import json
+
     try:
         value = json.loads(text)
     except ValueError:

@@ -113,17 +113,6 @@ class PendingTask:
         return (await self._pending.result()).pid
 
 
-class PendingList:
-    """A listing that was asked for."""
-
-    def __init__(self, pending: Pending[pb.ListTasksResponse]) -> None:
-        self._pending = pending
-
-    async def tasks(self) -> list[Process]:
-        """Waits for it: the first process of every task."""
-        return [_process(item) for item in (await self._pending.result()).tasks]
-
-
 class Ending(NamedTuple):
     """How a process ended: `reason` says why it was killed, where that is known (whose memory limit was reached)."""
 
@@ -143,10 +132,6 @@ class Tasks:
         """The first process of every task."""
         answer = await self._calls.unary(f"{_SERVICE}/List", pb.ListTasksRequest(), pb.ListTasksResponse)
         return [_process(item) for item in answer.tasks]
-
-    def listing(self) -> PendingList:
-        """`list`, sent now, for who has something else to ask until the answer comes."""
-        return PendingList(self._calls.begin(f"{_SERVICE}/List", pb.ListTasksRequest(), pb.ListTasksResponse))
 
     async def get(self, container: str, exec_id: str = "") -> Process:
         """One process; raises NotFound."""

@@ -65,3 +65,20 @@ def test_signals(other: Wherry) -> None:
 def test_what_it_does_not_serve_is_said(other: Wherry) -> None:
     done = other.run("pull", "127.0.0.1:1/none:1", code=1)
     assert "no transfer service" in done.stderr
+
+
+def test_dockers_verbs(other: Wherry) -> None:
+    assert other.run("run", "--rm", BUSYBOX, "echo", "hi").stdout == "hi\n"
+    assert other.run("run", "--rm", "-v", "/etc:/host:ro", "-e", "A=b", BUSYBOX, "sh", "-c", "echo $A").stdout == "b\n"
+    identity = other.run("run", "-d", "--name", "web", "--net", "none", BUSYBOX, "sleep", "100").stdout.strip()
+    try:
+        assert other.run("ps", "--format", "{{.Names}} {{.State}}").stdout.strip() == "web running"
+        assert other.run("exec", "web", "echo", "in").stdout == "in\n"
+        assert other.run("inspect", "-f", "{{.Id}}", "web").stdout.strip() == identity
+        assert "no volumes" in other.run("run", "--rm", "-v", "named:/x", BUSYBOX, "true", code=125).stderr
+        assert "no networks" in other.run("run", "--rm", "-p", "80", BUSYBOX, "true", code=125).stderr
+        other.run("stop", "-t", "0", "web")
+        assert other.run("wait", "web").stdout == "137\n"
+    finally:
+        other.run("rm", "-f", "web")
+    assert "busybox" in other.run("images").stdout
