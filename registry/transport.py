@@ -37,6 +37,8 @@ MAX_REDIRECTS = 10
 IDLE_SECONDS = 60.0
 # seconds until the head of an answer must have come, where nothing but the request was sent
 HEAD_SECONDS = 120.0
+# seconds for a TLS handshake where plain HTTP is right, too: some servers wait for the end of a line in it
+PROBE_SECONDS = 3.0
 # how many times as long a registry may take over what it was sent
 STORING = 5
 # bytes of an error's body or a token's answer that are read
@@ -115,10 +117,8 @@ class Transport:
                     response = await self._follow(
                         method, host, target, headers or {}, authorization=authorization, body=body
                     )
-                except aiohttp.ClientConnectorError as error:
-                    refused = isinstance(error.os_error, ConnectionRefusedError)
-                    speaks_tls = isinstance(error, aiohttp.ClientConnectorCertificateError)
-                    if not host.plain_ok or host.scheme == "http" or refused or speaks_tls:
+                except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
+                    if not host.plain_ok or host.scheme == "http" or not _speaks_no_tls(error):
                         raise
                     self._plain.add(host.netloc)
                     host = self._settled(host)
@@ -205,6 +205,8 @@ class Transport:
             raise Hopeless(f"{method} {url[:200]}: {error}") from error
         made = body() if body is not None else None
         flow = None if made is None or isinstance(made, bytes) else _Flow(made)
+        probing = host.plain_ok and host.scheme == "https"
+        dial = min(host.dial_seconds, PROBE_SECONDS) if probing else host.dial_seconds
         # what was uploaded may have to be put together before the answer comes
         patience = 1 if body is None else STORING
         sending = self._open().request(
@@ -216,7 +218,7 @@ class Transport:
             ssl=self._context(host, at_home=at_home),
             proxy=host.proxy or None,
             timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=host.dial_seconds, sock_read=IDLE_SECONDS * patience, connect=None
+                total=None, sock_connect=dial, sock_read=IDLE_SECONDS * patience, connect=None
             ),
         )
         if flow is not None:
@@ -313,6 +315,15 @@ def joined(url: str, location: str) -> str:
         return str(URL(found, encoded=True)) if "://" in found else found
     except ValueError as error:
         raise Hopeless(f"{url}: leads to {location[:200]!r}, which is no web address") from error
+
+
+def _speaks_no_tls(error: Exception) -> bool:
+    """Whether a connection failed because the peer took the handshake for something else."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        refused = isinstance(error.os_error, ConnectionRefusedError)
+        return not refused and not isinstance(error, aiohttp.ClientConnectorCertificateError)
+    # the same class is raised while an answer is read
+    return str(error).startswith("Connection timeout")
 
 
 class _Flow:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from tests.registry.certificates import Authority, token
 from tests.registry.conftest import Handler, Server, free_port, running_registry
 from tests.registry.test_registry import BLOB, LAYER, content, fetched, push_image
 from wherry.core.errors import FailedPrecondition, InvalidArgument, Unauthenticated, Unavailable
+from wherry.registry import transport
 from wherry.registry.credentials import Credential, Credentials, fixed
 from wherry.registry.hosts import Host, hosts_for
 from wherry.registry.resolver import Resolver
@@ -118,6 +121,24 @@ async def test_loopback_needs_no_word_about_tls(tls_registry: str, registry: str
         async with Resolver() as resolver:
             await push_image(resolver, f"{address}/either/app:v1")
             assert await resolver.tags(f"{address}/either/app") == ["v1"]
+
+
+async def test_a_plain_server_that_waits_for_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It doesn't know what a handshake is, and says nothing to it."""
+    monkeypatch.setattr(transport, "PROBE_SECONDS", 0.3)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            body = b'{"tags": ["a"]}'
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body))
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with Resolver() as resolver:
+        assert await resolver.tags(f"127.0.0.1:{server.sockets[0].getsockname()[1]}/x") == ["a"]
+    server.close()
 
 
 async def test_plain_http_where_tls_was_configured(registry: str, authority: Authority, tmp_path: Path) -> None:
