@@ -316,7 +316,8 @@ def test_the_release_agent_is_out_of_reach(runtime: Runtime, bundle: Bundle, how
 
 _PIVOT = """
 mkdir -p /tmp/new/old /tmp/new/bin /tmp/new/proc && mount -t tmpfs tmpfs /tmp/new && cd /tmp/new &&
-mkdir old bin proc dev && : >dev/null && cp /bin/busybox bin/ && for n in sh ls cat sleep pwd; do ln -s busybox bin/$n; done &&
+mkdir old bin proc dev && : >dev/null && cp /bin/busybox bin/ &&
+for n in sh ls cat sleep pwd; do ln -s busybox bin/$n; done &&
 mount -t proc proc proc && : >marker && pivot_root . old && cd / && umount -l /old && exec /bin/sleep 100
 """
 
