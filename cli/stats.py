@@ -15,7 +15,7 @@ from wherry.cli.terminal import is_terminal
 from wherry.client import lifecycle
 from wherry.client.figures import Figures, Sample, between, by_container, sample
 from wherry.client.finding import find, find_all, name_of, short_id
-from wherry.core.errors import InvalidArgument, NotFound
+from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
@@ -144,7 +144,12 @@ async def port(session: Session, args: argparse.Namespace) -> None:
     """Prints the ports that a container publishes."""
     client = session.client
     container = await find(client, args.container)
-    found = [item for status in await client.networks.status([container.id]) for item in status.ports]
+    try:
+        found = [item for status in await client.networks.status([container.id]) for item in status.ports]
+    except Unimplemented:
+        raise Unimplemented(
+            "this daemon has no networks of its own (is it containerd?), so it publishes no ports"
+        ) from None
     wanted, _, protocol = args.port.partition("/")
     if args.port and not wanted.isdigit():
         raise InvalidArgument(f"{args.port!r} is no port: expected PORT[/PROTOCOL], as in 80/tcp")
