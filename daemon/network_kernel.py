@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -82,9 +82,9 @@ class Kernel:
         self._touch()
         await self._worker.call("namespace", netns=path)
 
-    async def withdraw(self, connection: Connection) -> None:
-        """Its published ports lead nowhere from now on."""
-        text = rules.withdraw(self._instance.table, connection)
+    async def withdraw(self, connection: Connection, others: Iterable[Connection]) -> None:
+        """Its published ports lead nowhere from now on; those that are one of the others' stay."""
+        text = rules.withdraw(self._instance.table, connection, others)
         # also where no table is known: one that is being made may have them
         if text and self.touched:
             await self._worker.call("withdraw", rules=text)

@@ -330,7 +330,9 @@ class NetworkManager:
                 self.files.remove(*key)
             return
         done = await asyncio.gather(
-            self.names.forget(connection), self.kernel.withdraw(connection), return_exceptions=True
+            self.names.forget(connection),
+            self.kernel.withdraw(connection, self.connections.values()),
+            return_exceptions=True,
         )
         for error in done:
             if isinstance(error, BaseException):

@@ -143,9 +143,15 @@ def publish(table: str, connection: Connection) -> str:
     )
 
 
-def withdraw(table: str, connection: Connection) -> str:
-    """Without them."""
-    return "".join(f"delete element inet {table} {name} {{ {key} }}\n" for name, key, _ in _ports(connection))
+def withdraw(table: str, connection: Connection, others: Iterable[Connection] = ()) -> str:
+    """Without them; what one of the others publishes too is theirs (this one wanted it in vain)."""
+    ports = _ports(connection)
+    if not ports:
+        return ""
+    theirs = {(name, key) for other in others if other is not connection for name, key, _ in _ports(other)}
+    return "".join(
+        f"delete element inet {table} {name} {{ {key} }}\n" for name, key, _ in ports if (name, key) not in theirs
+    )
 
 
 def _ports(connection: Connection) -> list[tuple[str, str, str]]:

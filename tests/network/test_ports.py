@@ -107,6 +107,10 @@ def test_port_of_somebody_else_is_refused_and_nothing_is_left(wherry: Wherry, da
     done = wherry.run("run", "--rm", "-p", f"{taken}:80", BUSYBOX, "true", code=125)
     assert "in use" in done.stderr.lower()
     assert until(lambda: http("127.0.0.1", taken)) == "first"
+    # who wanted it in vain took nothing away: the rules lead there, not the relay
+    table = networks.tables(daemon.state)[0]
+    listed = subprocess.run(["nft", "list", *table.split()], capture_output=True, text=True, check=True).stdout
+    assert f"tcp . {taken} : " in listed
 
 
 def test_ipv6_network_publishes_without_a_relay(wherry: Wherry) -> None:
