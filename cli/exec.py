@@ -15,10 +15,10 @@ from wherry.cli.table import Command
 from wherry.client import lifecycle
 from wherry.client.fifos import Fifos
 from wherry.client.finding import find
-from wherry.client.spec import capability, merge_env, own_capabilities
+from wherry.client.further import process_of
+from wherry.client.spec import capability, own_capabilities
 from wherry.client.spec_defaults import capabilities
 from wherry.client.tasks import Stdio
-from wherry.core.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
@@ -67,28 +67,16 @@ async def exec_(session: Session, args: argparse.Namespace) -> int:
 
 async def _process(client: Client, container: Container, args: argparse.Namespace) -> dict[str, Any]:
     """The process of the container's specification with what the options change."""
-    if container.spec is None:
-        raise FailedPrecondition(f"container {container.id} has no OCI specification to take the process from")
-    process = dict(container.spec.get("process") or {})
-    process["args"] = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not process["args"]:
-        raise InvalidArgument("exec needs a command after the container")
-    process["terminal"] = args.tty
-    base = process.get("env") or []
-    process["env"] = merge_env(merge_env(["TERM=xterm"], base) if args.tty else base, environment(args))
-    if args.workdir:
-        process["cwd"] = args.workdir
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    process = await process_of(
+        client, container, command, tty=args.tty, env=environment(args), cwd=args.workdir, user=args.user
+    )
     if args.privileged:
         process["capabilities"] = capabilities(own_capabilities())
         process.pop("apparmorProfile", None)
     if args.cap_add:
         names = list((process.get("capabilities") or {}).get("bounding") or ())
         process["capabilities"] = capabilities(list(dict.fromkeys([*names, *map(capability, args.cap_add)])))
-    if args.user:
-        from wherry.client import users
-
-        reader = users.reader(await lifecycle.mounts_of(client, container))
-        process["user"] = users.resolve(args.user, reader).json()
     return process
 
 

@@ -14,15 +14,14 @@ from wherry.cli.following import coded, follow, kill_task, run_task, stream_opti
 from wherry.cli.output import Column, listing, listing_options
 from wherry.cli.table import Command
 from wherry.client.fifos import Fifos, discard
+from wherry.client.further import process_of
 from wherry.client.launch import Launched
-from wherry.client.spec import merge_env
 from wherry.client.tasks import Process
 from wherry.core.errors import FailedPrecondition, InvalidArgument, WherryError
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
     from wherry.client.api import Client
-    from wherry.client.containers import Container
 
 COLUMNS = [
     Column[Process]("TASK", "ID", lambda item: item.container_id),
@@ -52,7 +51,8 @@ async def exec_(session: Session, args: argparse.Namespace) -> int:
     with coded():
         client = session.client
         container = await client.containers.get(args.id)
-        process = await _process(client, container, args)
+        command = args.command[1:] if args.command[:1] == ["--"] else args.command
+        process = await process_of(client, container, command, tty=args.tty, env=args.env, cwd=args.cwd, user=args.user)
         name = args.exec_id or f"e{os.urandom(6).hex()}"
         fifos, stdio = streams(name, args, tty=args.tty)
     detached = False
@@ -73,30 +73,6 @@ async def exec_(session: Session, args: argparse.Namespace) -> int:
     finally:
         if fifos is not None:
             fifos.release() if detached else fifos.close()
-
-
-async def _process(client: Client, container: Container, args: argparse.Namespace) -> dict[str, Any]:
-    """The process of the container's specification with what the options change."""
-    if container.spec is None:
-        raise FailedPrecondition(f"container {container.id} has no OCI specification to take the process from")
-    process = dict(container.spec.get("process") or {})
-    process["args"] = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not process["args"]:
-        raise InvalidArgument("exec needs a command")
-    process["terminal"] = args.tty
-    process["env"] = merge_env(process.get("env") or [], args.env)
-    if args.tty:
-        process["env"] = merge_env(["TERM=xterm"], process["env"])
-    if args.cwd:
-        process["cwd"] = args.cwd
-    if args.user:
-        from wherry.client import users
-
-        mounts = []
-        if container.snapshot_key:
-            mounts = await client.snapshots(container.snapshotter).mounts(container.snapshot_key)
-        process["user"] = users.resolve(args.user, users.reader(mounts)).json()
-    return process
 
 
 async def attach(session: Session, args: argparse.Namespace) -> int:
