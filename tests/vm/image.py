@@ -24,8 +24,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "apparmor base-files base-passwd bash busybox-static coreutils criu crun dbus findutils grep gzip iproute2 "
-    "iptables kmod libc-bin libseccomp2 libstdc++6 linux-image-cloud-amd64 mount nftables procps python3 runc sed systemd "
-    "systemd-sysv tar udev uidmap util-linux"
+    "iptables kmod libc-bin libseccomp2 libstdc++6 linux-image-cloud-amd64 mount nftables procps python3 runc sed "
+    "systemd systemd-sysv tar udev uidmap util-linux"
 )
 #: Pulled in by dependencies of scripts that never run here.
 _LEFT_OUT = ("perl", "libperl", "usrmerge", "debconf", "initramfs-tools", "klibc", "libklibc", "adduser", "gcc-12-base")

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.timeout(400)
 )
 def test_those_of_the_host_hold_here(machine: Machine, name: str, chosen: str) -> None:
     machine.check("modprobe nf_conntrack_netlink")  # criu asks for it, and the module isn't loaded by asking
+    # the fork server's interpreter has no compiled code here yet: it would take it longer than a shim may
+    machine.check("python -I -OO -c 'import wherry.shim.nursery'", timeout=200)
     words = f"python -B -m pytest -q -p no:cacheprovider -rs -k '{chosen}' tests/shim/{name}.py"
     done = machine.run(f"cd /opt/src && WHERRY_REQUIRE_PEERS=1 {words}", timeout=360)
     if done.code:
