@@ -191,7 +191,7 @@ class Churn:
         while (at := time.monotonic() - began) < seconds:
             if kill_every and time.monotonic() - born >= kill_every:
                 self.kills.append(at)
-                self.daemon.restart()
+                again(self.daemon)
                 born = time.monotonic()
             self._sample(at, time.monotonic() - born)
             time.sleep(1)
@@ -240,6 +240,12 @@ class Churn:
         return max((s.memory - first[int(s.age)] for s in last), default=0)
 
 
+def again(daemon: Wherryd) -> None:
+    """Kill the daemon and start it, on a machine that may be very busy."""
+    daemon.kill()
+    daemon.start(LIFE)
+
+
 def warm(daemon: Wherryd) -> None:
     """Wait until the fork server has loaded what it loads: until then it has children, and descriptors are open."""
     deadline = time.monotonic() + LIFE
@@ -283,11 +289,11 @@ def main() -> None:
         daemon.import_busybox(churn.namespace)
         churn.run(5.0, 0)  # what is made once is made
         churn.samples.clear()
-        daemon.restart()
+        again(daemon)
         warm(daemon)
         before, opened = churn.state(), descriptors_of(daemon.pid)
         tally = churn.run(args.minutes * 60, args.kill_every)
-        daemon.restart()
+        again(daemon)
         warm(daemon)
         more = settled(churn, before)
         grown = churn.growth()
