@@ -11,6 +11,7 @@ from bench import crowd as crowd_
 from bench import measure, pulls
 from bench import starts as starts_
 from bench.api import Failed
+from bench.cli import figures
 from bench.daemons import Daemon, Lab
 
 # kB of PSS, with 50 containers sleeping
@@ -140,7 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 where a limit is missed")
     parser.add_argument(
-        "--only", choices=["speed", "starts", "weight", "crowd", "images"], help="one part of the table"
+        "--only", choices=["speed", "starts", "weight", "crowd", "cli", "images"], help="one part of the table"
     )
     options = parser.parse_args()
     rows: list[Row] = []
@@ -149,6 +150,9 @@ def main() -> int:
         for name, part in (("speed", speed), ("starts", starts), ("weight", weight), ("crowd", crowd)):
             if options.only in (None, name):
                 rows += part(wherry, containerd, lab.image)
+        if options.only in (None, "cli"):
+            # the second figure is podman's
+            rows += [Row(what, "ms", ours, theirs, limit) for what, ours, theirs, limit in figures(wherry, lab.image)]
         if options.only in (None, "images"):
             rows += images(lab)
     table = [["", "unit", "Wherry", "containerd", "ratio", "limit"], *(row.cells() for row in rows)]

@@ -33,11 +33,8 @@ async def process_of(
         raise InvalidArgument("exec needs a command after the container")
     process = dict(container.spec.get("process") or {})
     base = process.get("env") or []
-    process |= {
-        "args": list(args),
-        "terminal": tty,
-        "env": merge_env(merge_env(["TERM=xterm"], base) if tty else base, env),
-    }
+    shown = merge_env(["TERM=xterm"], base) if tty else base
+    process |= {"args": list(args), "terminal": tty, "env": merge_env(shown, env)}
     if cwd:
         process["cwd"] = cwd
     if user:
