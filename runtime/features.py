@@ -59,6 +59,6 @@ def describe() -> dict[str, Any]:
             "mountExtensions": {"idmap": {"enabled": True}},
             "netDevices": {"enabled": True},
         },
-        "annotations": {},
+        "annotations": {"org.opencontainers.runc.checkpoint.enabled": "true"},  # by runc's name: callers look for it
         "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."],
     }

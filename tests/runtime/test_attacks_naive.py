@@ -201,7 +201,7 @@ def test_inheritable_capabilities_come_back(runtime: Runtime, own_bundle: Bundle
 
 # -- a process that joins ---------------------------------------------------------------------------------------------
 
-_NAIVE = "from wherry.linux import process; process.set_dumpable = lambda on: None; "
+_NAIVE = "from wherry.linux import process; real = process.set_dumpable; process.set_dumpable = lambda on: real(True); "
 _LOOKING = """
     while [ ! -e /tmp/stop ]; do
         for p in /proc/[0-9]*; do
@@ -237,8 +237,8 @@ def test_who_joins_is_not_looked_into(ours: Runtime, own_bundle: Bundle, how: st
     name = ours.new_id()
     ours.detached("run", "--detach", "--bundle", str(own_bundle.write(change, args=["sh", "-c", _LOOKING])), name)
     # a step that waits, in the middle of entering: or one would have to be lucky
-    slow = "import time; from wherry.runtime import identity; real = identity.become; "
-    slow += "identity.become = lambda *a, **k: (time.sleep(1.5), real(*a, **k)); "
+    slow = "import time; from wherry.runtime import identity; become = identity.become; "
+    slow += "identity.become = lambda *a, **k: (time.sleep(1.5), become(*a, **k)); "
     script = f"{_NAIVE if how == 'naive' else ''}{slow}from wherry.runtime import command; command.main()"
     words = [sys.executable, "-c", script, *ours.words[3:], "exec", name, "true"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=30)
