@@ -94,7 +94,7 @@ async def test_a_fork_server_killed_while_it_loads_delays_nobody(lab: Lab) -> No
         os.kill(lab.forks.pid, signal.SIGKILL)
         begun = time.monotonic()
         shim = await lab.spawn(f"k{number}")
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 9
         await shim.shutdown()
         await lab.forks.close()
 
