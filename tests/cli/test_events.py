@@ -58,8 +58,11 @@ def test_a_subscriber_misses_and_doubles_nothing_over_killed_daemons(wherryd: Wh
         text=True,
     )
     try:
+        ids = []
         for number in range(3):
-            run(wherryd, "run", "-d", "--null-io", BUSYBOX, f"c{number}", "sh", "-c", f"sleep 0.3; exit {number}")
+            script = f"sleep 0.3; exit {number}"
+            made = run(wherryd, "run", "-d", "--net", "none", "--log-driver", "none", BUSYBOX, "sh", "-c", script)
+            ids.append(made.stdout.strip())
             wherryd.kill()
             time.sleep(0.5)
             wherryd.start()
@@ -73,10 +76,9 @@ def test_a_subscriber_misses_and_doubles_nothing_over_killed_daemons(wherryd: Wh
                 name = event["Event"]["container_id"]
                 assert name not in exits
                 exits[name] = event["Event"].get("exit_status", 0)
-        assert exits == {"c0": 0, "c1": 1, "c2": 2}
+        assert exits == {name: number for number, name in enumerate(ids)}
         assert seen == sorted(set(seen))
-        for number in range(3):
-            run(wherryd, "tasks", "delete", f"c{number}", check=False)
+        run(wherryd, "rm", "-f", *ids)
     finally:
         follower.kill()
         follower.communicate()

@@ -191,7 +191,7 @@ def follow(folder: Path, write: Callable[[], None]) -> bytes:
 
 
 def test_a_follower_sees_all_over_rotations_and_ends_with_the_writer(tmp_path: Path) -> None:
-    log = LogFile(str(tmp_path), 16384, 6)
+    log = LogFile(str(tmp_path), 16384, 50)
 
     def write() -> None:
         for number in range(3000):
