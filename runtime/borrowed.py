@@ -21,6 +21,7 @@ and memory enough that the kernel has no reason to kill in between. All others a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -218,7 +219,8 @@ def spawn(plan: Plan, recorded: Callable[[int], None]) -> int:
             raise ContainerError(make.FAILED_START + problems[0])
         reach("runtime.borrowed.waits")
         recorded(pid)
-        os.write(opened, b"\0")
+        with contextlib.suppress(BrokenPipeError):  # killed meanwhile: the container is recorded, and has stopped
+            os.write(opened, b"\0")
     except BaseException:
         make.kill(pid)
         raise

@@ -39,8 +39,7 @@ def walk_runtime(folder: str, rounds: int) -> None:
     for path in (f"{root}/bin/true", f"{root}/etc/passwd"):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o755))
     paths = _cgroup(f"{folder}/cgroup")
-    container.forked(_one, folder, "0", paths)
-    made = []
+    made = [container.forked(_one, folder, "0", paths)]  # the caller is a subreaper: that one is ours, too
     try:
         for number in range(1, rounds + 1):
             made.append(_one(folder, str(number), paths))  # noqa: PERF401 - those made before one fails count
@@ -64,9 +63,13 @@ def _one(folder: str, name: str, paths: dict[str, str]) -> int:
         if not borrowed.serves(plan):
             raise OSError("containers aren't made this way here")
         plan.state.save_spec(plan.spec)
-        pid = borrowed.spawn(plan, lambda pid: make.record(plan, pid))
-        os.kill(pid, signal.SIGKILL)
-        return pid
+
+        def recorded(pid: int) -> None:
+            make.record(plan, pid)
+            # before it is told that it is recorded: until then it ends by itself when this process is killed
+            os.kill(pid, signal.SIGKILL)
+
+        return borrowed.spawn(plan, recorded)
     finally:
         plan.close()
         if plan.lock is not None:
