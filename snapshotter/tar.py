@@ -31,6 +31,10 @@ _PADDING = (b"\0", b" ")
 _ZEROS = bytes(BLOCK)
 _SPACES_SUM = 8 * 32
 _MEMO_LIMIT = 4096
+_NO_ID = (1 << 32) - 1
+"""The id that chown(2) takes for "leave it"."""
+_DEVICES = 1 << 20
+"""More than the kernel has of majors, as many as it has of minors (MINORBITS)."""
 
 
 class Member:
@@ -290,6 +294,10 @@ class TarReader:
             self._begin(member.stored)
         if member.stored < 0:
             raise self._bad("a negative size")
+        if not (0 <= member.uid < _NO_ID and 0 <= member.gid < _NO_ID):
+            raise self._bad(f"an owner that no file has, {member.uid}:{member.gid}")
+        if not (0 <= member.major < _DEVICES and 0 <= member.minor < _DEVICES):
+            raise self._bad(f"a device that there can't be, {member.major}:{member.minor}")
         if b"\0" in member.name or b"\0" in member.link:
             raise self._bad("a name with a zero byte")
         return member
