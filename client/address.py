@@ -6,12 +6,12 @@ import os
 from typing import TYPE_CHECKING
 
 from wherry.client.api import Client
+from wherry.core import places
 from wherry.core.errors import PermissionDenied, Unavailable
 
 if TYPE_CHECKING:
     from wherry.client.transport import Transport
 
-DEFAULT_ADDRESS = "/run/wherry/wherryd.sock"
 DEFAULT_NAMESPACE = "default"
 # a socket's connection that isn't accepted in this time (seconds) belongs to a daemon that hangs
 CONNECT_TIMEOUT = 10.0
@@ -19,7 +19,7 @@ CONNECT_TIMEOUT = 10.0
 
 def default_address() -> str:
     """The daemon's gRPC socket: WHERRY_ADDRESS, CONTAINERD_ADDRESS, else `wherryd`'s default."""
-    return os.environ.get("WHERRY_ADDRESS") or os.environ.get("CONTAINERD_ADDRESS") or DEFAULT_ADDRESS
+    return os.environ.get("WHERRY_ADDRESS") or os.environ.get("CONTAINERD_ADDRESS") or places.address()
 
 
 def default_namespace() -> str:

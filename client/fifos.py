@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from wherry.client.tasks import Stdio
+from wherry.core import places
 from wherry.core.errors import FailedPrecondition
 
 # a FIFO holds 64 KiB by default; a megabyte (the kernel's limit for everybody) lets a container write on meanwhile
@@ -24,9 +25,7 @@ F_SETPIPE_SZ = 1031
 
 def runtime_folder() -> str:
     """Where FIFOs belong: a folder in memory that this user may write."""
-    if os.geteuid() == 0:
-        return "/run/wherry/fifo"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/wherry-{os.geteuid()}", "wherry", "fifo")
+    return os.path.join(places.runtime_folder(), "wherry", "fifo")
 
 
 class Fifos:

@@ -8,17 +8,14 @@ import os
 import subprocess
 import sys
 
-from wherry.client import idle
+from wherry.core import idle, places
 from wherry.core.errors import Unavailable
 from wherry.linux.process import start_time
 
 
 def default_folder() -> str:
-    """Where sandboxes keep what outlives a process: below /var/lib for root, else below XDG_DATA_HOME."""
-    if os.geteuid() == 0:
-        return "/var/lib/wherry-client/sandboxes"
-    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return os.path.join(base, "wherry-client", "sandboxes")
+    """Where sandboxes keep what outlives a process."""
+    return os.path.join(places.root("wherry-client"), "sandboxes")
 
 
 class Keeper:
