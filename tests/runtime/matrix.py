@@ -1,6 +1,8 @@
 """The table of docs/runtime.md: what holds for which runtime, as the tests have just seen it.
 
 WHERRY_MATRIX=docs/runtime.md pytest tests/runtime
+
+A run of some of the files writes their rows anew and leaves the others.
 """
 
 from __future__ import annotations
@@ -23,6 +25,14 @@ class Matrix:
         if row.get(runtime, "holds") == "holds":
             row[runtime] = outcome
 
+    def read(self, table: str) -> None:
+        """Take over the rows of a table whose modules weren't run."""
+        ran = {name.partition(":")[0] for name in self._seen}
+        for line in table.splitlines():
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            if ":" in name and len(cells) == len(RUNTIMES) and name.partition(":")[0] not in ran:
+                self._seen[name] = dict(zip(RUNTIMES, cells, strict=True))
+
     def table(self) -> str:
         lines = [f"| what the test shows | {' | '.join(RUNTIMES)} |", "|---|---|---|---|"]
         for name in sorted(self._seen):
@@ -33,7 +43,8 @@ class Matrix:
     def write(self, path: Path) -> None:
         """Replace what stands between the marks."""
         before, _, rest = path.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
+        old, _, after = rest.partition(END)
+        self.read(old)
         path.write_text(f"{before}{BEGIN}\n{self.table()}\n{END}{after}")
 
 

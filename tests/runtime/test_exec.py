@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from pathlib import Path
 
 import pytest
 
@@ -89,8 +91,10 @@ def test_exec_detached_writes_its_pid(running: tuple[Runtime, str], bundle: Bund
     runtime.detached("exec", "--detach", "--pid-file", str(path), name, "sleep", "99")
     pid = int(path.read_text())
     assert pid in json.loads(runtime.ok("ps", "--format", "json", name))
-    with open(f"/proc/{pid}/cmdline") as file:
-        assert file.read() == "sleep\x0099\x00"
+    deadline = time.monotonic() + 20  # runc doesn't wait for the program
+    while Path(f"/proc/{pid}/cmdline").read_bytes() != b"sleep\x0099\x00":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_exec_in_a_stopped_container(runtime: Runtime, bundle: Bundle) -> None:

@@ -91,8 +91,13 @@ def call(words: list[str], *, check: bool = True) -> Done:
     return done
 
 
+#: What a script on a terminal ends with: output of one that ends at once may be lost by who relays it.
+WAIT = "; echo said; read line"
+
+
 def call_on_terminal(words: list[str]) -> str:
-    """Run a command on a terminal of 30 lines and 90 columns; its output with plain line ends."""
+    """Run a command on a terminal of 30 lines and 90 columns, and type a line when it has `said` something; its output
+    with plain line ends."""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (30, 90))
     script = (
@@ -101,6 +106,7 @@ def call_on_terminal(words: list[str]) -> str:
     command = [sys.executable, "-c", script, *words]
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     output = b""
+    answered = False
     deadline = time.monotonic() + _SECONDS
     fcntl.fcntl(master, fcntl.F_SETFL, os.O_NONBLOCK)
     while time.monotonic() < deadline:
@@ -108,6 +114,9 @@ def call_on_terminal(words: list[str]) -> str:
         if select.select([master], [], [], 0 if ended else 0.1)[0]:
             try:
                 output += os.read(master, 65536)
+                if b"said" in output and not answered:
+                    answered = True
+                    os.write(master, b"\n")
                 continue
             except OSError:
                 pass

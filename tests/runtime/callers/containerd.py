@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.containerd import Containerd
 from tests.runtime.bundles import make_spec
-from tests.runtime.callers import MEMORY, PIDS, Caller, Done, call, call_on_terminal
+from tests.runtime.callers import MEMORY, PIDS, WAIT, Caller, Done, call, call_on_terminal
 
 
 class Ctr(Caller):
@@ -32,7 +32,7 @@ class Ctr(Caller):
         return call(self._run(name, script, "--rm"), check=False)
 
     def run_on_terminal(self, name: str, script: str) -> str:
-        return call_on_terminal(self._run(name, script, "--rm", "--tty"))
+        return call_on_terminal(self._run(name, script + WAIT, "--rm", "--tty"))
 
     def start(self, name: str, script: str) -> None:
         call(self._run(name, script, "--detach"))
@@ -46,7 +46,7 @@ class Ctr(Caller):
         return call(self._exec(name, script), check=False)
 
     def exec_on_terminal(self, name: str, script: str) -> str:
-        return call_on_terminal(self._exec(name, script, "--tty"))
+        return call_on_terminal(self._exec(name, script + WAIT, "--tty"))
 
     def pause(self, name: str) -> None:
         call([*self._ctr, "task", "pause", name])

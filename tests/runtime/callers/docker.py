@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.busybox import NAME, write_archive
 from tests.containerd import Containerd
 from tests.peers import need
-from tests.runtime.callers import MEMORY, PIDS, Caller, Done, call, call_on_terminal
+from tests.runtime.callers import MEMORY, PIDS, WAIT, Caller, Done, call, call_on_terminal
 
 
 class DockerLike(Caller):
@@ -32,7 +32,7 @@ class DockerLike(Caller):
         return call(self._run(name, script, "--rm"), check=False)
 
     def run_on_terminal(self, name: str, script: str) -> str:
-        return call_on_terminal(self._run(name, script, "--rm", "-it"))
+        return call_on_terminal(self._run(name, script + WAIT, "--rm", "-it"))
 
     def start(self, name: str, script: str) -> None:
         call(self._run(name, script, "--detach", "--memory", str(MEMORY), "--pids-limit", str(PIDS)))
@@ -41,7 +41,7 @@ class DockerLike(Caller):
         return call([*self.command, "exec", name, "sh", "-c", script], check=False)
 
     def exec_on_terminal(self, name: str, script: str) -> str:
-        return call_on_terminal([*self.command, "exec", "-it", name, "sh", "-c", script])
+        return call_on_terminal([*self.command, "exec", "-it", name, "sh", "-c", script + WAIT])
 
     def pause(self, name: str) -> None:
         call([*self.command, "pause", name])

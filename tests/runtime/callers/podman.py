@@ -27,8 +27,9 @@ class Storage:
         self.podman = need("podman")
         need("conmon")
         self.folder = Path(tempfile.mkdtemp(prefix="pm-", dir="/tmp"))
-        script = "if [ -d /sys/fs/cgroup/unified ]; then umount /sys/fs/cgroup/unified; fi; echo ready; exec sleep 1000"
-        self._holder = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.PIPE)
+        script = "if [ -d /sys/fs/cgroup/unified ]; then umount /sys/fs/cgroup/unified; fi; echo ready; exec cat"
+        words = ["unshare", "-m", "sh", "-c", script]
+        self._holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # ends when we do
         if self._holder.stdout is None or self._holder.stdout.readline() != b"ready\n":
             raise RuntimeError("no mount namespace for podman")
         archive = self.folder / "image.tar"
@@ -43,8 +44,9 @@ class Storage:
     def close(self) -> None:
         self._holder.send_signal(signal.SIGKILL)
         self._holder.wait()
-        if self._holder.stdout:
-            self._holder.stdout.close()
+        for stream in (self._holder.stdin, self._holder.stdout):
+            if stream:
+                stream.close()
         with open("/proc/self/mountinfo") as file:
             mounts = [line.split()[4] for line in file]
         for target in reversed([target for target in mounts if target.startswith(f"{self.folder}/")]):
