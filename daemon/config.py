@@ -162,8 +162,8 @@ class Runtime:
 class Transfer:
     """`io.containerd.transfer.v1.local`: `config_path` is a folder as docker's and containerd's `certs.d`.
 
-    `concurrent_layer_fetch_buffer`, from 512 (bytes) on, has larger layers fetched in pieces of that size, four at once;
-    below, layers that come slowly are.
+    `concurrent_layer_fetch_buffer`, from 512 (bytes) on, has larger layers fetched in pieces of that size, four at
+    once; below, layers that come slowly are.
     """
 
     max_concurrent_downloads: int = 3

@@ -43,18 +43,15 @@ async def attempt(box: Sandbox, number: int) -> int | None:
 
 async def main(image: str) -> None:
     """Prepare, fork, choose."""
-    async with Wherry() as wherry:
-        async with wherry.sandbox(image, memory=64 << 20, pids=32, ttl=120.0) as prepared:
-            await prepared.write("/data/numbers", "\n".join(str(number) for number in range(1000)))
-            forks = await prepared.fork(IDEAS)
-            scores = await asyncio.gather(*(attempt(fork, number) for number, fork in enumerate(forks)))
-            best = max(range(IDEAS), key=lambda number: scores[number] or 0)
-            (further,) = await forks[best].fork()
-            await asyncio.gather(*(fork.close() for fork in forks))
-            print(
-                f"{sum(score is not None for score in scores)} of {IDEAS} worked, idea {best} is best: {scores[best]}"
-            )
-            print("its fork has", (await further.exec(["wc", "-l", "/data/numbers"])).text)
+    async with Wherry() as wherry, wherry.sandbox(image, memory=64 << 20, pids=32, ttl=120.0) as prepared:
+        await prepared.write("/data/numbers", "\n".join(str(number) for number in range(1000)))
+        forks = await prepared.fork(IDEAS)
+        scores = await asyncio.gather(*(attempt(fork, number) for number, fork in enumerate(forks)))
+        best = max(range(IDEAS), key=lambda number: scores[number] or 0)
+        (further,) = await forks[best].fork()
+        await asyncio.gather(*(fork.close() for fork in forks))
+        print(f"{sum(score is not None for score in scores)} of {IDEAS} worked, idea {best} is best: {scores[best]}")
+        print("its fork has", (await further.exec(["wc", "-l", "/data/numbers"])).text)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ class Plan:
     def kept(self, channel: Channel) -> list[int]:
         """The descriptors that the child still needs."""
         fds = {0, 1, 2, *range(3, 3 + self.preserve_fds), *channel.fds(), *self.joined.values(), *self.trees.values()}
-        fds |= {self.fifo, self.failure, self.console, self.cgroup_fd, *(self.stdio or ())}
+        # not the cgroup's: it is a folder of the host, and a way there for who names it as a cwd (CVE-2024-21626)
+        fds |= {self.fifo, self.failure, self.console, *(self.stdio or ())}
         return sorted(fd for fd in fds if fd >= 0)
 
 

@@ -134,8 +134,8 @@ def test_bytes_of_a_program_come_out_as_they_went_in(daemon: Wherryd) -> None:
 
 
 def test_a_full_disk_under_the_log_stops_nobody(daemon: Wherryd) -> None:
-    wherry(daemon, "create", "--name", "full", "--net", "none", BUSYBOX, "sh", "-c",
-           "while [ ! -e /stop ]; do echo 0123456789012345678901234567890123456789; touch /alive; done; exit 4")  # fmt: skip
+    script = "while [ ! -e /stop ]; do echo 0123456789012345678901234567890123456789; touch /alive; done; exit 4"
+    wherry(daemon, "create", "--name", "full", "--net", "none", BUSYBOX, "sh", "-c", script)
     where = folder(daemon, "full")
     where.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(where)], check=True)

@@ -139,7 +139,6 @@ OVERLAYFS, NATIVE = "io.containerd.snapshotter.v1.overlayfs", "io.containerd.sna
         ('[grpc]\ntcp_address = "127.0.0.1:1"', "grpc.tcp_address"),
         ('[debug]\naddress = "/x"', "debug.address"),
         ("[debug]\nuid = 5", "debug.uid"),
-        ('[metrics]\naddress = "127.0.0.1:1338"', "metrics.address"),
         ('[cgroup]\npath = "/x"', "cgroup.path"),
         ('[stream_processors."mine"]\npath = "x"', "stream_processors.mine.path"),
         ('[timeouts]\n"io.containerd.timeout.bolt.open" = "5s"', 'timeouts."io.containerd.timeout.bolt.open"'),

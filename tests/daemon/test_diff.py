@@ -15,10 +15,10 @@ import pytest
 from tests.daemon.stores import NS, Stores, call, digest_of, stores
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented, WherryError
 from wherry.daemon.diff import Differ, DiffService
-from wherry.snapshotter.wire import mounts_to_proto
 from wherry.proto import diff_pb2 as pb
 from wherry.proto import types_pb2
 from wherry.snapshotter.applier import Applier
+from wherry.snapshotter.wire import mounts_to_proto
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
 GZIP = TAR + "+gzip"

@@ -195,7 +195,8 @@ def _users(root: Path) -> None:
     (root / "usr/lib/sysusers.d/dbus.conf").write_text('u messagebus - "System Message Bus"\n')
     (root / "etc/machine-id").write_text("5f0d3c9e8a6b4f1e9d2c7b8a90e1f234\n")
     (root / "etc/hostname").write_text("wherry-vm\n")
-    (root / "etc/fstab").touch()
+    for name in ("fstab", "subuid", "subgid"):
+        (root / "etc" / name).touch()
     # links that come from scripts of packages or from the alternatives
     links = [("bin/python3", f"python{PYTHON}"), ("bin/sh", "bash")]
     links += [(f"sbin/ip{v}tables{what}", f"ip{v}tables-nft{what}") for v in ("", "6") for what in _IPTABLES]
