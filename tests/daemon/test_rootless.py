@@ -229,8 +229,7 @@ def test_nobody_else_reaches_a_users_daemon(barrow: User, nobody: User) -> None:
                 check=False,
             )
             assert done.returncode != 0, (path, command)
-    done = nobody("-a", barrow.address, "ps", check=False)
-    assert done.returncode == 1
+    assert nobody("-a", barrow.address, "ps", check=False).returncode == 1
 
 
 def test_granted_ids(tmp_path: Path) -> None:
