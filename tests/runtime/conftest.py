@@ -91,6 +91,16 @@ def own_bundle(tmp_path: Path) -> Bundle:
     return Bundle(folder, build_busybox_rootfs(folder / "rootfs"))
 
 
+@pytest.fixture
+def open_bundle() -> Iterator[Bundle]:
+    """The same where everybody may go: pytest's folders are root's (each run of it makes them so again)."""
+    need("busybox")
+    folder = Path(tempfile.mkdtemp(prefix="wherry-bundle-"))
+    folder.chmod(0o755)
+    yield Bundle(folder, build_busybox_rootfs(folder / "rootfs"))
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(params=["wherry-runtime", "runc", "crun"])
 def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Runtime]:
     """Each: a test that both references fail is wrong."""
