@@ -99,17 +99,7 @@ class _Reader:
         self._path = os.path.join(path, CURRENT)
         self._files: list[int] = []
         self._rest = b""
-        seen = set()
-        number = 0
-        # the newest first: a rotation meanwhile shows one of them twice, and hides none
-        while (fd := _open(f"{self._path}.{number}" if number else self._path)) >= 0:
-            status = os.fstat(fd)
-            if status.st_ino in seen:
-                os.close(fd)
-            else:
-                seen.add(status.st_ino)
-                self._files.insert(0, fd)
-            number += 1
+        self._files = self._newer_than(0)
         if not self._files:
             raise NotFound(f"no log in {path}: not found")
 
@@ -146,7 +136,7 @@ class _Reader:
             for entry in self._read(current):
                 pause = _LOOK[0]
                 yield entry
-            following = self._following(os.fstat(current).st_ino)
+            following = self._newer_than(os.fstat(current).st_ino)
             if following:
                 # nothing is written to a file any more that another one has followed
                 yield from self._read(current)
@@ -162,16 +152,31 @@ class _Reader:
                 time.sleep(pause)
                 pause = min(pause * 1.5, _LOOK[1])
 
-    def _following(self, inode: int) -> list[int]:
-        """The files that came after one, oldest first."""
+    def _newer_than(self, inode: int) -> list[int]:
+        """The files that came after one (all where there is none of this number), oldest first.
+
+        The newest is looked for first: a rotation meanwhile shows a file twice and hides none. While it renames, one
+        number is missing; behind the last file two are.
+        """
         found: list[int] = []
-        number = 0
-        while (fd := _open(f"{self._path}.{number}" if number else self._path)) >= 0:
-            if os.fstat(fd).st_ino == inode:
+        seen: set[int] = set()
+        number = missing = 0
+        while missing < 2:
+            fd = _open(f"{self._path}.{number}" if number else self._path)
+            number += 1
+            if fd < 0:
+                missing += 1
+                continue
+            missing = 0
+            status = os.fstat(fd)
+            if status.st_ino == inode:
                 os.close(fd)
                 break
-            found.insert(0, fd)
-            number += 1
+            if status.st_ino in seen:
+                os.close(fd)
+            else:
+                seen.add(status.st_ino)
+                found.insert(0, fd)
         return found
 
     def _read(self, fd: int) -> Iterator[Entry]:

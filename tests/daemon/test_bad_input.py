@@ -174,5 +174,6 @@ def test_options_of_a_wrong_type(channel: grpc.Channel) -> None:
 def test_a_checkpoint_that_is_not_there(channel: grpc.Channel) -> None:
     create_container(channel, "restored", b"{}")
     error = create_task(channel, "restored", checkpoint={"digest": f"sha256:{'0' * 64}", "media_type": "x"})
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert 'unsupported checkpoint type "x"' in (error.details() or "")
     delete_container(channel, "restored")

@@ -15,7 +15,7 @@ import pytest
 from tests.daemon.test_restart import shim_of, task_pids
 from tests.wherryd import BUSYBOX, Wherryd
 
-PARTS = ["core", "proto", "linux", "runtime", "snapshotter", "registry", "shim", "daemon", "systemd"]
+PARTS = ["core", "proto", "linux", "runtime", "snapshotter", "registry", "network", "shim", "daemon", "systemd"]
 SOURCE = Path(__file__).resolve().parents[2]
 
 
