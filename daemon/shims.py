@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -35,6 +36,7 @@ from wherry.daemon.ends import Ends
 from wherry.daemon.events import Exchange
 from wherry.daemon.link import SANDBOX, Key, Limits, Places, Shim
 from wherry.daemon.starting import CONNECT, Starter
+from wherry.daemon.turns import Turns
 from wherry.proto import events_pb2
 from wherry.proto import runtime_sandbox_pb2 as sandbox
 from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
@@ -46,6 +48,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+# containers that are made at the same time, and seconds for which one counts
+_AT_ONCE = max(2, len(os.sched_getaffinity(0)))
+_SHARE = 0.25
 _CREATE = 120.0  # mounts, hooks and the runtime's own start
 # seconds that a listing waits for shims that the daemon has found at its start and not heard from yet
 _LATE = 1.0
@@ -70,6 +75,7 @@ class Shims:
         self._limits = limits
         self._ends = Ends(exchange)
         self._starter = Starter(places, forks)
+        self._turns = Turns(_AT_ONCE, _SHARE)
         self._known = known
         self._shims: dict[Key, Shim] = {}
         # keys that a create, an end, a load or a clean-up works on; done when it is over
@@ -183,15 +189,16 @@ class Shims:
                 what = "sandbox" if launch.sandbox else "task"
                 raise AlreadyExists(f"{what} {bundle.id}: already exists")
             host = await self.get_sandbox(key[0], launch.host) if launch.host else None
-            began = time.perf_counter()
             bundle.create(spec, launch)
             reach("daemon.create.bundled")
             shim = Shim(bundle, launch, self._starter.planned(bundle, launch))
             try:
-                async with self._group(shim):
-                    shim = await self._starter.start(shim, options, self._closed, host)
-                launched = time.perf_counter()
-                shim.pid = await make(shim)
+                async with self._turns.turn():
+                    began = time.perf_counter()
+                    async with self._group(shim):
+                        shim = await self._starter.start(shim, options, self._closed, host)
+                    launched = time.perf_counter()
+                    shim.pid = await make(shim)
                 reach("daemon.create.created")
             except BaseException:
                 await self._undo(shim)
