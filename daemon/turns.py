@@ -1,8 +1,8 @@
 """First come, first served, for work that all of a machine's processors are needed for.
 
 Sixteen containers that are made at once take as long as sixteen one after the other; but where all begin together, the
-processors are shared out by chance, and some end long after the others. A few at a time, in the order in which they were
-asked for, the last one is as early and most are earlier.
+processors are shared out by chance, and some end long after the others. A few at a time, in the order of asking, the
+last one is earlier than that.
 """
 
 from __future__ import annotations

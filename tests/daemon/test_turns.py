@@ -34,6 +34,7 @@ async def test_who_hangs_holds_nobody_up() -> None:
             await forever.wait()
 
     hanging = [asyncio.create_task(hang()) for _ in range(3)]
+    await asyncio.sleep(0)
     began = time.monotonic()
     async with asyncio.timeout(20), turns.turn():
         assert time.monotonic() - began > 0.1
