@@ -26,17 +26,17 @@ def test_those_of_the_host_hold_here(machine: Machine, tests: str) -> None:
 
 
 def test_run_prints_and_passes_the_code_on(daemon: Machine) -> None:
-    assert daemon.check(f"wherry run --rm {IMAGE} hello echo hi") == "hi"
-    assert daemon.run(f"wherry run --rm {IMAGE} seven sh -c 'exit 7'").code == 7
+    assert daemon.check(f"wherry containers run --rm {IMAGE} hello echo hi") == "hi"
+    assert daemon.run(f"wherry containers run --rm {IMAGE} seven sh -c 'exit 7'").code == 7
     assert daemon.check("find /sys/fs/cgroup/default -mindepth 1 -type d") == ""
 
 
 def test_a_container_sees_its_own_cgroup_as_the_root(daemon: Machine) -> None:
-    assert daemon.check(f"wherry run --rm {IMAGE} root cat /proc/self/cgroup") == "0::/"
+    assert daemon.check(f"wherry containers run --rm {IMAGE} root cat /proc/self/cgroup") == "0::/"
 
 
 def test_the_memory_limit_holds(daemon: Machine) -> None:
-    daemon.check(f"wherry run -d --memory 32m {IMAGE} limited sleep 1000")
+    daemon.check(f"wherry containers run -d --memory 32m {IMAGE} limited sleep 1000")
     try:
         directory = "/sys/fs/cgroup/default/limited"
         assert daemon.check(f"cat {directory}/memory.max") == str(32 << 20)
@@ -52,13 +52,13 @@ def test_the_memory_limit_holds(daemon: Machine) -> None:
 def test_an_oom_kill_is_an_event(daemon: Machine) -> None:
     daemon.check("wherry events > /root/events 2>&1 & echo $! > /root/events.pid; sleep 1")
     hog = "dd if=/dev/zero of=/dev/null bs=64M count=1"
-    assert daemon.run(f"wherry run --rm --memory 32m {IMAGE} hog {hog}").code == 137
+    assert daemon.run(f"wherry containers run --rm --memory 32m {IMAGE} hog {hog}").code == 137
     daemon.run("kill $(cat /root/events.pid)")
     assert "/tasks/oom" in daemon.check("cat /root/events")
 
 
 def test_pause_freezes_and_resume_thaws(daemon: Machine) -> None:
-    daemon.check(f"wherry run -d {IMAGE} cold sleep 1000")
+    daemon.check(f"wherry containers run -d {IMAGE} cold sleep 1000")
     try:
         events = "/sys/fs/cgroup/default/cold/cgroup.events"
         daemon.check("wherry tasks pause cold")
@@ -71,7 +71,7 @@ def test_pause_freezes_and_resume_thaws(daemon: Machine) -> None:
 
 
 def test_metrics_are_those_of_v2(daemon: Machine) -> None:
-    daemon.check(f"wherry run -d --memory 48m {IMAGE} counted sleep 1000")
+    daemon.check(f"wherry containers run -d --memory 48m {IMAGE} counted sleep 1000")
     try:
         shown = json.loads(daemon.check("wherry tasks metrics --format json counted"))
         values = shown.get("metrics", shown)
@@ -85,16 +85,16 @@ def test_metrics_are_those_of_v2(daemon: Machine) -> None:
 def test_other_devices_are_denied(daemon: Machine) -> None:
     # /dev/kmsg is 1:11; the node can be made, opening it is what the filter refuses
     script = "mknod /tmp/kmsg c 1 11 && head -c 1 /tmp/kmsg"
-    done = daemon.run(f"wherry run --rm {IMAGE} node sh -c '{script}'")
+    done = daemon.run(f"wherry containers run --rm {IMAGE} node sh -c '{script}'")
     assert done.code == 1
     assert "Operation not permitted" in done.out
     script = "head -c 1 /dev/zero >/dev/null && echo x >/dev/null && echo open"
-    assert daemon.check(f"wherry run --rm {IMAGE} usual sh -c '{script}'") == "open"
+    assert daemon.check(f"wherry containers run --rm {IMAGE} usual sh -c '{script}'") == "open"
 
 
 def test_cpu_and_pids_limits_are_set(daemon: Machine) -> None:
     files = "cat /sys/fs/cgroup/default/measured/cpu.max /sys/fs/cgroup/default/measured/pids.max"
-    daemon.check(f"wherry run -d --cpus 0.5 --pids-limit 44 {IMAGE} measured sleep 1000")
+    daemon.check(f"wherry containers run -d --cpus 0.5 --pids-limit 44 {IMAGE} measured sleep 1000")
     try:
         assert daemon.check(files).splitlines() == ["50000 100000", "44"]
     finally:
@@ -103,7 +103,7 @@ def test_cpu_and_pids_limits_are_set(daemon: Machine) -> None:
 
 def test_the_default_seccomp_profile_filters(daemon: Machine) -> None:
     script = "grep ^Seccomp: /proc/self/status; unshare -n true 2>/dev/null || echo denied"
-    out = daemon.check(f"wherry run --rm --seccomp {IMAGE} filtered sh -c '{script}'")
+    out = daemon.check(f"wherry containers run --rm --seccomp {IMAGE} filtered sh -c '{script}'")
     assert out.splitlines()[0].split() == ["Seccomp:", "2"]
     assert out.splitlines()[-1] == "denied"
     assert daemon.check("ls /run/wherry/seccomp | wc -l") == "1"
