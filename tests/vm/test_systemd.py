@@ -39,7 +39,7 @@ def task_pid(machine: Machine, name: str) -> str:
 def container(daemon: Machine) -> Iterator[str]:
     """A running container that counts up in a file of its own; its pid."""
     loop = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; usleep 100000; done"
-    daemon.check(f"wherry run -d {IMAGE} keeper sh -c '{loop}'")
+    daemon.check(f"wherry containers run -d {IMAGE} keeper sh -c '{loop}'")
     pid = task_pid(daemon, "keeper")
     assert pid
     yield pid
@@ -116,7 +116,7 @@ def test_stop_and_start(daemon: Machine, container: str) -> None:
 
 
 def test_an_exit_while_it_was_stopped_is_found(daemon: Machine) -> None:
-    daemon.check(f"wherry run -d {IMAGE} short sh -c 'while test ! -e /tmp/go; do usleep 50000; done; exit 33'")
+    daemon.check(f"wherry containers run -d {IMAGE} short sh -c 'while test ! -e /tmp/go; do usleep 50000; done; exit 33'")
     pid = task_pid(daemon, "short")
     daemon.check("systemctl stop wherryd", timeout=90)
     daemon.check(f"touch /proc/{pid}/root/tmp/go")
