@@ -116,7 +116,8 @@ def test_stop_and_start(daemon: Machine, container: str) -> None:
 
 
 def test_an_exit_while_it_was_stopped_is_found(daemon: Machine) -> None:
-    daemon.check(f"wherry containers run -d {IMAGE} short sh -c 'while test ! -e /tmp/go; do usleep 50000; done; exit 33'")
+    script = "while test ! -e /tmp/go; do usleep 50000; done; exit 33"
+    daemon.check(f"wherry containers run -d {IMAGE} short sh -c '{script}'")
     pid = task_pid(daemon, "short")
     daemon.check("systemctl stop wherryd", timeout=90)
     daemon.check(f"touch /proc/{pid}/root/tmp/go")
