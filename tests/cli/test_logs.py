@@ -112,7 +112,8 @@ def test_no_log_and_logs_that_are_elsewhere_are_said_to_be_so(daemon: Wherryd) -
 def test_a_log_is_rotated(daemon: Wherryd) -> None:
     script = "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo line $i; done"
     run(daemon, "many", script, "--log-opt", "max-size=16k", "--log-opt", "max-file=3")
-    wherry(daemon, "wait", "many")
+    # followed to its end: the last lines may still be on their way when the process has gone
+    wherry(daemon, "logs", "-f", "many")
     shown = [int(line.split()[1]) for line in wherry(daemon, "logs", "many").stdout.splitlines()]
     assert shown == list(range(shown[0], 3001))
     names = sorted(path.name for path in folder(daemon, "many").iterdir())
