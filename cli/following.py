@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import switch
@@ -58,7 +58,7 @@ def interruptible() -> None:
 
 
 @contextlib.contextmanager
-def coded(error_code: int | None = None):  # type: ignore[no-untyped-def] # a context manager without a value
+def coded(error_code: int | None = None) -> Iterator[None]:
     """Errors inside leave with docker's exit codes, or with the one given."""
     try:
         yield

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from wherry.core.errors import PermissionDenied
+
 # set for everything in a user's namespace: the user's id outside
 INSIDE = "WHERRY_ROOTLESS_UID"
 
@@ -24,10 +26,13 @@ def user_id() -> int:
 
 
 def runtime_folder() -> str:
-    """What a reboot may take; a user's own folder without XDG_RUNTIME_DIR lies in /tmp and is checked by `private`."""
+    """What a reboot may take. Without XDG_RUNTIME_DIR a user's lies in /tmp, is made here, and must be the user's own.
+
+    Raises PermissionDenied where somebody else made it first.
+    """
     if not is_users():
         return "/run"
-    return os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/wherry-{user_id()}"
+    return os.environ.get("XDG_RUNTIME_DIR") or private(f"/tmp/wherry-{user_id()}")
 
 
 def data_folder() -> str:
@@ -68,7 +73,7 @@ def address(name: str = "wherry") -> str:
 
 
 def private(folder: str) -> str:
-    """Makes a user's folder, 0700, and returns it; raises PermissionError where somebody else was there first.
+    """Makes a user's folder, 0700, and returns it; raises PermissionDenied where somebody else was there first.
 
     In /tmp anybody can make a folder of this name: one that isn't ours, or that others may write, is refused.
     """
@@ -78,5 +83,5 @@ def private(folder: str) -> str:
     except FileExistsError:
         info = os.lstat(folder)
         if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-            raise PermissionError(1, "belongs to somebody else, or others may write there", folder) from None
+            raise PermissionDenied(f"{folder} belongs to somebody else, or others may write there") from None
     return folder

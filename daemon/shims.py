@@ -34,9 +34,9 @@ from wherry.daemon import logs
 from wherry.daemon.bundle import Bundle, Launch, find
 from wherry.daemon.ends import Ends
 from wherry.daemon.events import Exchange
+from wherry.daemon.gate import Gate
 from wherry.daemon.link import SANDBOX, Key, Limits, Places, Shim
 from wherry.daemon.starting import CONNECT, Starter
-from wherry.daemon.turns import Turns
 from wherry.proto import events_pb2
 from wherry.proto import runtime_sandbox_pb2 as sandbox
 from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
@@ -75,7 +75,7 @@ class Shims:
         self._limits = limits
         self._ends = Ends(exchange)
         self._starter = Starter(places, forks)
-        self._turns = Turns(_AT_ONCE, _SHARE)
+        self._gate = Gate(_AT_ONCE, _SHARE)
         self._known = known
         self._shims: dict[Key, Shim] = {}
         # keys that a create, an end, a load or a clean-up works on; done when it is over
@@ -193,7 +193,7 @@ class Shims:
             reach("daemon.create.bundled")
             shim = Shim(bundle, launch, self._starter.planned(bundle, launch))
             try:
-                async with self._turns.turn():
+                async with self._gate.turn():
                     began = time.perf_counter()
                     async with self._group(shim):
                         shim = await self._starter.start(shim, options, self._closed, host)

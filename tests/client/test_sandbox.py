@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,15 @@ async def wherry(address: str, tmp_path: Path) -> AsyncIterator[Wherry]:
         yield connected
     assert not folder.exists() or os.listdir(folder) == []
     assert str(folder) not in mounts()
+
+
+@pytest.fixture(autouse=True)
+def unmounted(tmp_path: Path) -> Iterator[None]:
+    """What a test that failed left mounted goes all the same."""
+    yield
+    for line in mounts().splitlines():
+        if (place := line.split()[4]).startswith(f"{tmp_path}/"):
+            subprocess.run(["umount", "-l", place], check=False)
 
 
 def mounts() -> str:

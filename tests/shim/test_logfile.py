@@ -203,6 +203,19 @@ def test_a_follower_sees_all_over_rotations_and_ends_with_the_writer(tmp_path: P
     assert follow(tmp_path, write).decode().splitlines() == [f"line {number}" for number in range(3000)]
 
 
+def test_files_are_found_while_a_rotation_renames_them(tmp_path: Path) -> None:
+    """Between two renames one number is missing: that isn't the end of the files."""
+    for number in (1, 3):
+        (tmp_path / f"json.log.{number}").write_text("")
+    reader = logs._Reader(str(tmp_path))
+    try:
+        assert [os.fstat(fd).st_ino for fd in reader._files] == [
+            (tmp_path / f"json.log.{number}").stat().st_ino for number in (3, 1)
+        ]
+    finally:
+        reader.close()
+
+
 def test_a_follower_may_begin_with_the_last_lines_or_with_none(tmp_path: Path) -> None:
     for tail, before in ((2, b"2\n3\n"), (0, b"")):
         folder = tmp_path / str(tail)

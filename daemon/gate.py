@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Turns:
+class Gate:
     """A few turns at once. Whoever takes longer than its share goes on, but holds nobody up any more: a mount that
     hangs and a hook that waits are not work."""
 

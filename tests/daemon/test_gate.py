@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 
-from wherry.daemon.turns import Turns
+from wherry.daemon.gate import Gate
 
 
 async def test_a_few_at_once_in_the_order_of_asking() -> None:
-    turns, running, most, order = Turns(2, 60.0), 0, 0, []
+    gate, running, most, order = Gate(2, 60.0), 0, 0, []
 
     async def work(number: int) -> None:
         nonlocal running, most
-        async with turns.turn():
+        async with gate.turn():
             running += 1
             most = max(most, running)
             order.append(number)
@@ -26,22 +26,22 @@ async def test_a_few_at_once_in_the_order_of_asking() -> None:
 
 
 async def test_who_hangs_holds_nobody_up() -> None:
-    turns = Turns(1, 0.05)
+    gate = Gate(1, 0.05)
     forever = asyncio.Event()
 
     async def hang() -> None:
-        async with turns.turn():
+        async with gate.turn():
             await forever.wait()
 
     hanging = [asyncio.create_task(hang()) for _ in range(3)]
     await asyncio.sleep(0)
     began = time.monotonic()
-    async with asyncio.timeout(20), turns.turn():
+    async with asyncio.timeout(20), gate.turn():
         assert time.monotonic() - began > 0.1
     forever.set()
     await asyncio.gather(*hanging)
     # what was given back early isn't given back twice
-    async with turns.turn():
+    async with gate.turn():
         waiting = asyncio.create_task(hang())
         await asyncio.sleep(0)
         assert not waiting.done()
