@@ -125,7 +125,9 @@ async def test_a_pod_without_a_process(lab: Lab) -> None:
 async def test_a_shared_pid_namespace_has_one_that_reaps(lab: Lab) -> None:
     shim = await pod(lab, pod_spec("ipc", "uts", "network", "pid"))
     reaper, paths = await start(shim)
-    assert Path(f"/proc/{reaper}/status").read_text().split("PPid:\t")[1].split()[0] == str(shim.bootstrap.pid)
+    async with asyncio.timeout(20):  # the child that made it answers before it ends
+        while _parent(reaper) != shim.bootstrap.pid:
+            await asyncio.sleep(0.01)
     one = await run(shim, "one", paths, "/bin/sh", "-c", "(sleep 0.2 & ) ; sleep 1000")
     two = await run(shim, "two", paths, "/bin/sh", "-c", "ps -o pid,args; sleep 1000")
     output = two.output()
@@ -266,6 +268,10 @@ def _commands(reaper: int) -> bytes:
         except OSError:
             continue
     return found
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().split("PPid:\t")[1].split()[0])
 
 
 def _zombies(parent: int) -> list[str]:
