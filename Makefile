@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PARTS := core proto linux runtime snapshotter registry network shim daemon client cli systemd
+PARTS := core proto linux runtime snapshotter registry network shim daemon client cri cli systemd
 PACKAGES := $(foreach part,$(PARTS),-p wherry.$(part))
 # the link tree of a strict editable install holds one link a file: a file that comes or goes wants a new one
 FILES := $(shell git ls-files -co --exclude-standard $(PARTS) 2>/dev/null | LC_ALL=C sort | cksum | cut -d' ' -f1)

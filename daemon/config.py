@@ -40,11 +40,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wherry.core import platforms
 from wherry.core.errors import InvalidArgument, NotFound
 from wherry.daemon.durations import parse_duration
+
+if TYPE_CHECKING:
+    from wherry.cri.settings import Settings
 
 DEFAULT_PATH = "/etc/wherry/config.toml"
 DEFAULT_ADDRESS = "/run/wherry/wherryd.sock"
@@ -73,6 +76,10 @@ _PLUGIN_FIELDS: Mapping[str, str] = {
     "io.containerd.metadata.v1.bolt": "metadata",
     "io.containerd.service.v1.diff-service": "diff",
     "io.containerd.differ.v1.walking": "walking",
+    # of the CRI, which has dataclasses of its own (wherry.cri.settings): loaded only where there is something to read
+    "io.containerd.grpc.v1.cri": "cri",
+    "io.containerd.cri.v1.runtime": "cri_runtime",
+    "io.containerd.cri.v1.images": "cri_images",
 }
 _PLUGIN_URIS: Mapping[str, str] = {name: uri for uri, name in _PLUGIN_FIELDS.items()}
 
@@ -292,6 +299,9 @@ class Config:
     metadata: MetadataPolicy = field(default=MetadataPolicy(), metadata={"plugin": True})
     diff: Diff = field(default=Diff(), metadata={"plugin": True})
     walking: Walking = field(default=Walking(), metadata={"plugin": True})
+    cri: Mapping[str, Any] = field(default_factory=dict, metadata={"plugin": True})
+    cri_runtime: Mapping[str, Any] = field(default_factory=dict, metadata={"plugin": True})
+    cri_images: Mapping[str, Any] = field(default_factory=dict, metadata={"plugin": True})
     warnings: Sequence[str] = field(default=(), metadata={"internal": True})
     files: Sequence[str] = field(default=(), metadata={"internal": True})
 
@@ -304,6 +314,10 @@ class Config:
         """A timeout of the table `[timeouts]` in seconds, by its full name (`io.containerd.timeout.task.state`)."""
         text = self.timeouts.get(name)
         return default if text is None else parse_duration(text)
+
+    def cri_settings(self) -> Settings:
+        """What the CRI's tables say, of both versions of the schema."""
+        return _Reader().cri(self, self.files[0] if self.files else "")
 
     def as_tables(self) -> dict[str, Any]:
         """The configuration as the tables of a file."""
@@ -382,6 +396,8 @@ class _Reader:
                 tables[f"\0{name}"] = table  # apart from a top-level table that happens to have the name
         config: Config = self._build(Config, tables, path, "")
         _check(config, path)
+        if config.cri or config.cri_runtime or config.cri_images:
+            self.cri(config, path)
         for name, proxy in config.proxy_plugins.items():
             if proxy.type != "snapshot":
                 self._without_effect(path, f'proxy_plugins."{name}"')
@@ -389,6 +405,16 @@ class _Reader:
             if name not in TIMEOUTS and text != _IDLE_TIMEOUTS.get(name):
                 self._without_effect(path, f'timeouts."{name}"')
         return dataclasses.replace(config, version=version, warnings=tuple(self.warnings), files=tuple(self.files))
+
+    def cri(self, config: Config, path: str) -> Settings:
+        """The CRI's settings, checked as the rest is."""
+        from wherry.cri import settings  # noqa: PLC0415 -- see _PLUGIN_FIELDS
+
+        tables = settings.merge(config.cri_images, config.cri_runtime, config.cri)
+        at = next((_PLUGIN_URIS[name] for name in ("cri_runtime", "cri_images", "cri") if getattr(config, name)), "")
+        made: Settings = self._build(settings.Settings, tables, path, f'plugins."{at}".')
+        settings.check(made, f"config file {path}: ")
+        return made
 
     def _build(self, kind: type[Any], table: object, path: str, at: str) -> Any:
         """A dataclass from a table; unknown keys become warnings."""

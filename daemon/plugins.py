@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -48,6 +48,10 @@ class Plugins:
     def enabled(self, type: str, id: str) -> bool:  # noqa: A002 -- containerd's names for the two
         """Whether the configuration lets a plugin be."""
         return f"{type}.{id}" not in self._disabled
+
+    def any_disabled(self, uris: Iterable[str]) -> bool:
+        """Whether the configuration turns off one of these, which are names of one part."""
+        return not self._disabled.isdisjoint(uris)
 
     @contextlib.contextmanager
     def load(

@@ -21,6 +21,8 @@ from wherry.daemon.config import Config
 from wherry.daemon.containers import ContainerService, ContainerStore
 from wherry.daemon.content import ContentStore
 from wherry.daemon.content_service import ContentService
+from wherry.daemon.cri import PLUGINS as CRI_PLUGINS
+from wherry.daemon.cri import CriDoor
 from wherry.daemon.diff import Differ, DiffService
 from wherry.daemon.durations import parse_duration
 from wherry.daemon.events import EventsService, EventsTtrpcService, Exchange
@@ -284,6 +286,16 @@ class Daemon:
         self._add("introspection", IntrospectionService(self._plugins, identity, self._config.runtimes))
         self._health = HealthService()
         self._add("healthcheck", self._health)
+        self._build_cri()
+
+    def _build_cri(self) -> None:
+        """The way to the CRI's services, which are made when somebody calls them."""
+        self._cri: CriDoor | None = None
+        if not self._plugins.any_disabled(CRI_PLUGINS):
+            requires = ["io.containerd.sandbox.controller.v1", "io.containerd.sandbox.store.v1"]
+            with self._plugins.load("io.containerd.grpc.v1", "cri", requires=requires, platforms=[platforms.host()]):
+                self._cri = CriDoor(self._config, self._services, self._sandboxes, self._observers)
+            self._cleanup.push_async_callback(self._cri.close)
 
     def _add(self, name: str, service: object) -> None:
         """Serve a service, unless its gRPC plugin is disabled."""
@@ -341,6 +353,7 @@ class Daemon:
             max_receive=options.max_recv_message_size,
             max_send=options.max_send_message_size,
             logs_calls=logs.is_debug,
+            lazy={} if self._cri is None else self._cri.services(),
         )
         self._cleanup.push_async_callback(server.stop, GRACE)
         if (listener := self._listeners.pop(options.address, None)) is not None:
@@ -348,6 +361,8 @@ class Daemon:
         else:
             os.makedirs(os.path.dirname(options.address), mode=0o711, exist_ok=True)
             await server.serve_unix(options.address, uid=options.uid, gid=options.gid)
+        if self._cri is not None:
+            await self._cri.start()
         self._health.serving(True)
         self._cleanup.callback(self._health.serving, False)
         for path, unused in self._listeners.items():

@@ -19,7 +19,7 @@ import os
 import socket
 import sys
 from bisect import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, cast
 
 import structlog
@@ -59,14 +59,17 @@ class GrpcServer:
         max_receive: int = MAX_MESSAGE,
         max_send: int = MAX_MESSAGE,
         logs_calls: Callable[[], bool] = lambda: False,
+        lazy: Mapping[str, Callable[[], object]] | None = None,
     ) -> None:
         """`services` as wherry.proto.service describes them; sizes in bytes of one message; `logs_calls` says whether
-        each call gets a debug line: it is asked too often to build one that nobody reads."""
+        each call gets a debug line: it is asked too often to build one that nobody reads. `lazy` are services by name
+        that are made at their first call."""
         self.max_receive = max_receive
         self.max_send = max_send
         self.logs_calls = logs_calls
         self._handlers: dict[str, Handler] = {}
         self._names: set[str] = set()
+        self._lazy = dict(lazy or {})
         self._servers: list[asyncio.Server] = []
         self._bound: list[tuple[str, int]] = []
         self._idle: asyncio.Event | None = None  # while it stops: set when the last call is answered
@@ -87,6 +90,9 @@ class GrpcServer:
         handler = self._handlers.get(path)
         if handler is None:
             service, _, name = path.lstrip("/").partition("/")
+            if (make := self._lazy.pop(service, None)) is not None:
+                self._add(make())
+                return self.find(path)
             raise Unimplemented(
                 f"unknown method {name} for service {service}"
                 if service in self._names

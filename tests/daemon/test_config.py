@@ -36,7 +36,8 @@ def test_containerds_own_default_is_accepted_with_warnings_only(tmp_path: Path) 
     assert read.grpc.address == "/run/containerd/containerd.sock"
     assert read.timeout("io.containerd.timeout.shim.cleanup", 0) == 5.0
     assert all(warning.startswith(f'{tmp_path}/c.toml: plugins."io.containerd.') for warning in read.warnings)
-    assert any("io.containerd.grpc.v1.cri" in warning for warning in read.warnings)
+    assert not any("io.containerd.grpc.v1.cri" in warning for warning in read.warnings)
+    assert read.cri_settings().pause_image.startswith("registry.k8s.io/pause:")
 
 
 def test_what_dockerd_writes_is_accepted(tmp_path: Path) -> None:
@@ -99,7 +100,9 @@ version = 3
   pause_threshold = 1
   schedule_delay = "1m30s"
 [plugins."io.containerd.cri.v1.runtime"]
-  enable_selinux = false
+  enable_selinux = true
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
 [runtimes."io.containerd.runsc.v1"]
   shim = "/opt/containerd-shim-runsc-v1"
   config_path = "/etc/runsc.toml"
@@ -113,8 +116,9 @@ version = 3
     assert read.runtimes["io.containerd.runsc.v1"].config_path == "/etc/runsc.toml"
     assert read.proxy_plugins["stargz"].exports == {"root": "/var/lib/stargz"}
     assert [warning.split(": ")[1] for warning in read.warnings] == [
-        'plugins."io.containerd.cri.v1.runtime"',
+        'plugins."io.containerd.nri.v1.nri"',
     ]
+    assert read.cri_settings().enable_selinux
 
 
 def test_unknown_keys_warn_with_their_path(tmp_path: Path) -> None:

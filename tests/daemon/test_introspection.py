@@ -90,8 +90,8 @@ def test_disabled_and_required_plugins() -> None:
         daemon.start()
         assert "diff" not in {line.split()[1] for line in daemon.ctr("plugins", "ls").stdout.splitlines()}
         daemon.stop()
-        daemon.config.write_text('version = 2\nrequired_plugins = ["io.containerd.grpc.v1.cri"]\n')
-        with pytest.raises(RuntimeError, match=r"required plugins are not loaded: io.containerd.grpc.v1.cri"):
+        daemon.config.write_text('version = 2\nrequired_plugins = ["io.containerd.nri.v1.nri"]\n')
+        with pytest.raises(RuntimeError, match=r"required plugins are not loaded: io.containerd.nri.v1.nri"):
             daemon.start()
     finally:
         daemon.close()
