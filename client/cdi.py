@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wherry.core.errors import InvalidArgument, NotFound
@@ -32,15 +32,19 @@ def folders() -> tuple[str, ...]:
     return tuple(named.split(":")) if named else FOLDERS
 
 
-def apply(spec: dict[str, Any], names: Iterable[str]) -> None:
-    """Gives a container's specification the devices; raises NotFound that says what there is, InvalidArgument."""
+def apply(spec: dict[str, Any], names: Iterable[str], places: Sequence[str] = ()) -> None:
+    """Gives a container's specification the devices; raises NotFound that says what there is, InvalidArgument.
+
+    `places` are folders of specifications, in place of `folders()`.
+    """
     wanted = list(dict.fromkeys(names))
-    found = load()
+    looked = tuple(places) or folders()
+    found = load(looked)
     edited: list[str] = []
     for name in wanted:
         if name not in found:
             there = ", ".join(sorted(found)) or "none"
-            raise NotFound(f"no device {name} in the CDI specifications of {', '.join(folders())}: there are {there}")
+            raise NotFound(f"no device {name} in the CDI specifications of {', '.join(looked)}: there are {there}")
         kind = name.partition("=")[0]
         device, common = found[name]
         if kind not in edited:
@@ -50,10 +54,10 @@ def apply(spec: dict[str, Any], names: Iterable[str]) -> None:
         _edit(spec, device)
 
 
-def load() -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def load(places: Sequence[str] = ()) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Devices by their full name: their own edits, and those that all of their specification need."""
     found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
-    for folder in folders():
+    for folder in places or folders():
         try:
             names = sorted(os.listdir(folder))
         except OSError:

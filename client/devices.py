@@ -28,7 +28,11 @@ def add(spec: dict[str, Any], devices: Sequence[str], gpus: Sequence[str], rules
 
 
 def _add_path(spec: dict[str, Any], text: str) -> None:
-    path, target, access = parse(text)
+    add_path(spec, *parse(text))
+
+
+def add_path(spec: dict[str, Any], path: str, target: str, access: str) -> None:
+    """Puts a device of the host, or all those in a folder, into a specification; raises InvalidArgument."""
     found = host_devices(path) if os.path.isdir(path) else [device(os.path.realpath(path)) | {"path": path}]
     rules = spec["linux"]["resources"].setdefault("devices", [])
     kept = {entry["path"]: entry for entry in spec["linux"].get("devices") or ()}
