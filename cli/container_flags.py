@@ -138,8 +138,11 @@ def _isolation(group: Parser) -> None:
     _many(group, "--gpus", metavar="GPUS", help="all, a number, or device=0,1 (by CDI)")
     _many(group, "--sysctl", metavar="NAME=VALUE", help="a setting of its kernel namespaces")
     for kind, about in (("ipc", "shared memory and semaphores"), ("pid", "processes"), ("uts", "host name"),
-                        ("userns", "users"), ("cgroupns", "cgroups")):  # fmt: skip
+                        ("cgroupns", "cgroups")):  # fmt: skip
         _text(group, f"--{kind}", metavar="MODE", help=f"its {about}: host, private or container:NAME")
+    _text(group, "--userns", metavar="MODE", help="its users: host, auto[:size=N] (ids of its own) or container:NAME")
+    _many(group, "--uidmap", metavar="CONTAINER:HOST:SIZE", help="its users, by a mapping (0:100000:65536)")
+    _many(group, "--gidmap", metavar="CONTAINER:HOST:SIZE", help="its groups (as the users, when left out)")
 
 
 def _health(group: Parser) -> None:
@@ -217,6 +220,8 @@ def recipe(args: argparse.Namespace, **more: Any) -> Recipe:
         namespaces={
             kind: getattr(args, kind) for kind in ("ipc", "pid", "uts", "userns", "cgroupns") if getattr(args, kind)
         },
+        uidmap=args.uidmap,
+        gidmap=args.gidmap,
         cgroup_parent=args.cgroup_parent,
         privileged=args.privileged,
         read_only=args.read_only,

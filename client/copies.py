@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from wherry.client.values import Mount
 
 _MISSING, _NO_FOLDER = 3, 4
+# options of a snapshot's mounts that give its files other owners (linux/idmapped.py)
+_MAPS = ("uidmap=", "gidmap=")
 
 
 class Place(NamedTuple):
@@ -135,7 +137,9 @@ def fill(folder: str, mounts: Iterable[Mount], path: str) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if not is_empty(folder):
             return False
-        command = _command(Place(mounts=tuple(mounts)).job("copy", posixpath.normpath(path), target=folder))
+        # with the image's own ids: what a user namespace makes of them is the volume's mount's business
+        plain = [item._replace(options=tuple(o for o in item.options if not o.startswith(_MAPS))) for item in mounts]
+        command = _command(Place(mounts=plain).job("copy", posixpath.normpath(path), target=folder))
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode == _MISSING:
             return False

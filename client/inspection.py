@@ -121,6 +121,16 @@ async def _network(client: Client, item: Container, state: State) -> NetworkStat
     return found[0] if found else None
 
 
+def _id_mappings(linux: Mapping[str, Any]) -> dict[str, list[str]]:
+    """As podman shows them: CONTAINER:HOST:SIZE."""
+    return {
+        name: [
+            f"{item.get('containerID') or 0}:{item.get('hostID') or 0}:{item['size']}" for item in linux.get(key) or ()
+        ]
+        for name, key in (("UidMap", "uidMappings"), ("GidMap", "gidMappings"))
+    }
+
+
 def _policy(item: Container) -> dict[str, Any]:
     name, _, count = item.labels.get(RESTART_POLICY, "no").partition(":")
     return {"Name": name or "no", "MaximumRetryCount": int(count) if count.isdigit() else 0}
@@ -150,6 +160,8 @@ def _host_config(item: Container, spec: Mapping[str, Any], network: NetworkStatu
         "PidMode": modes.get("pid", ""),
         "UTSMode": modes.get("uts", ""),
         "CgroupnsMode": modes.get("cgroupns", ""),
+        "UsernsMode": modes.get("userns", "") or ("private" if linux.get("uidMappings") else ""),
+        "IDMappings": _id_mappings(linux),
         "CgroupPath": linux.get("cgroupsPath", ""),
         "Memory": memory.get("limit", 0),
         "MemorySwap": memory.get("swap", 0),

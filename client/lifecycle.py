@@ -132,7 +132,18 @@ async def joined(client: Client, container: Container) -> Container:
 
     spec = json.loads(json.dumps(container.spec))
     for kind, mode in modes.items():
-        if str(mode).startswith("container:"):
+        if kind == "userns" and str(mode).startswith("container:"):
+            from wherry.client import userns
+
+            # its files have the owners of the mapping with which it was made
+            users = await userns.users_for(client, mode)
+            if users is not None and json.loads(json.dumps(userns.mappings(users))) != spec["linux"]["uidMappings"]:
+                raise FailedPrecondition(
+                    f"container {name_of(container)}: the user namespace of {mode.partition(':')[2]} has other ids now"
+                )
+            if users is not None:
+                users.put(spec)
+        elif str(mode).startswith("container:"):
             set_namespace(spec, kind, mode, await namespace_path(client, kind, mode))
     return await client.containers.update(container._replace(spec=spec), ["spec"])
 

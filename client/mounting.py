@@ -15,7 +15,7 @@ PROPAGATIONS = frozenset({"private", "rprivate", "shared", "rshared", "slave", "
 _IGNORED = frozenset({"z", "Z", "consistent", "cached", "delegated"})
 _FLAGS = frozenset(
     {"noexec", "exec", "nosuid", "suid", "nodev", "dev", "noatime", "relatime", "strictatime", "nodiratime", "sync",
-     "async", "bind", "rbind", "remount", "nosymfollow"}
+     "async", "bind", "rbind", "remount", "nosymfollow", "idmap"}
 )  # fmt: skip
 # what docker gives to a tmpfs
 TMPFS = ("nosuid", "nodev", "noexec")

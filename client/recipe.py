@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from wherry.client.images import Image
     from wherry.client.manifests import Picture
     from wherry.client.network import NetworkOptions
+    from wherry.client.userns import Users
     from wherry.core.platforms import Platform
 
 _CGROUPS = {
@@ -60,7 +61,9 @@ _CGROUPS = {
 }
 # what shares a namespace of the host with a container, beside the namespace itself
 _SHARED_SHM = ("/dev/shm", "/dev/mqueue")
-_KINDS = {"ipc": "ipc", "pid": "pid", "uts": "uts", "cgroupns": "cgroup", "userns": "user"}
+_KINDS = {"ipc": "ipc", "pid": "pid", "uts": "uts", "cgroupns": "cgroup"}
+# of a mount whose files the container's root owns though they are the host's root's
+IDMAP = "idmap"
 
 
 class Recipe(NamedTuple):
@@ -69,9 +72,10 @@ class Recipe(NamedTuple):
     `name` "" has one made up. `entrypoint` None is the image's, else it replaces that and the image's command.
     `user` None is the image's. `restart` is docker's policy (`on-failure:3`), `running` says that it will be started at
     once. `namespaces` maps `ipc`, `pid`, `uts`, `cgroupns` and `userns` to docker's modes (`host`, `private`,
-    `container:ID` …). `health` is the `Healthcheck` of an image's configuration (`{"Test": ["NONE"]}` for none); None
-    is the image's. `shm_size` is in bytes. `auto_remove` is "true" where the daemon removes it at once, "attached"
-    where somebody reads the rest of its output first.
+    `container:ID`, `auto` …); `uidmap` and `gidmap` (`CONTAINER:HOST:SIZE`) make a user namespace, too. `health` is the
+    `Healthcheck` of an image's configuration (`{"Test": ["NONE"]}` for none); None is the image's. `shm_size` is in
+    bytes. `auto_remove` is "true" where the daemon removes it at once, "attached" where somebody reads the rest of its
+    output first.
     """
 
     image: str
@@ -96,6 +100,8 @@ class Recipe(NamedTuple):
     shm_size: int = 0
     sysctls: Mapping[str, str] = MappingProxyType({})
     namespaces: Mapping[str, str] = MappingProxyType({})
+    uidmap: Sequence[str] = ()
+    gidmap: Sequence[str] = ()
     cgroup_parent: str = ""
     privileged: bool = False
     read_only: bool = False
@@ -167,6 +173,7 @@ class _Kitchen:
         self._shown: list[dict[str, Any]] = []
         self._prepared = False
         self._paths: dict[str, str] = {}
+        self._users: Users | None = None
 
     async def launch(self, found: tuple[Image, Picture] | None, attempt: int) -> Launch:
         recipe = self._recipe
@@ -192,13 +199,23 @@ class _Kitchen:
             groups=recipe.groups,
             labels=self._labels(name),
             snapshotter=recipe.snapshotter,
+            snapshot_labels=self._users.labels() if self._users is not None else {},
             runtime=recipe.runtime,
-            runtime_options=recipe.runtime_options,
+            runtime_options=self._runtime_options(),
             platform=recipe.platform,
             network=self._network(name),
             adapt=self._adapt,
             found=found,
         )
+
+    def _runtime_options(self) -> Message | None:
+        options = self._recipe.runtime_options
+        if self._users is None or self._recipe.runtime != RUNTIME:
+            return options
+        from wherry.client.runtimes import owned
+
+        # its root owns its streams, or it could not open /dev/stdout
+        return owned(options, *self._users.root())
 
     async def take_back(self) -> None:
         """Removes the volumes that were made for a container that isn't to be."""
@@ -231,16 +248,48 @@ class _Kitchen:
         wishes += [wish for target, wish in others.items() if target not in own]
         taken = {wish.target for wish in wishes}
         declared = [Wish("volume", path) for path in self._settings.get("Volumes") or {} if path not in taken]
-        for wish in mounting.merge([*wishes, *declared]):
+        await self._find_users()
+        for asked in mounting.merge([*wishes, *declared]):
+            wish = asked
             mounting.check_source(wish)
             source, name = wish.source, ""
             if wish.type == "volume":
                 source, name = await self._volume(wish)
+                if self._users is not None:
+                    # what lies in a volume belongs to ids of containers, whichever the host has for them
+                    wish = wish._replace(options=(*wish.options, IDMAP))
+            elif IDMAP in wish.options and self._users is None:
+                raise InvalidArgument(
+                    f"the option idmap of the mount at {wish.target} needs --userns auto, or a mapping"
+                )
             self._mounts.append(mounting.to_spec(wish, source))
             self._shown.append(mounting.shown(wish, source, name))
         for kind, mode in self._recipe.namespaces.items():
-            self._paths[kind] = await namespace_path(self._client, kind, mode)
+            if kind != "userns":
+                self._paths[kind] = await namespace_path(self._client, kind, mode)
         self._prepared = True
+
+    async def _find_users(self) -> None:
+        recipe, mode = self._recipe, self._recipe.namespaces.get("userns", "")
+        if mode in {"", "host"} and not (recipe.uidmap or recipe.gidmap):
+            return
+        from wherry.client import userns
+
+        self._users = await userns.users_for(self._client, mode, recipe.uidmap, recipe.gidmap)
+        if self._users is None:
+            return
+        if recipe.namespaces.get("pid") == "host":
+            raise InvalidArgument(
+                "--userns and --pid host can't be used together: its root may not mount the host's /proc"
+            )
+        if recipe.privileged:
+            raise InvalidArgument(
+                "--userns and --privileged can't be used together: one takes away what the other gives (--cap-add ALL "
+                "gives all rights within the user namespace)"
+            )
+        if not recipe.rootfs:
+            name = recipe.snapshotter or await self._client.namespaces.default_snapshotter()
+            await userns.check_snapshotter(self._client, name)
 
     async def _volume(self, wish: Wish) -> tuple[str, str]:
         volumes = self._client.volumes
@@ -353,6 +402,8 @@ class _Kitchen:
             spec["domainname"] = recipe.domainname
         self._set_cgroup(spec)
         security.apply(spec, recipe.security, privileged=recipe.privileged, add=recipe.cap_add, drop=recipe.cap_drop)
+        if self._users is not None:
+            self._users.put(spec)
         for kind in _KINDS:
             set_namespace(spec, kind, recipe.namespaces.get(kind, ""), self._paths.get(kind, ""))
         self._add_devices(spec)
@@ -424,8 +475,6 @@ def set_namespace(spec: dict[str, Any], kind: str, mode: str, path: str) -> None
     word = mode.partition(":")[0]
     if word not in {"host", "private", "shareable", "none", "container"} or (word == "none" and kind != "ipc"):
         raise InvalidArgument(f"--{kind} {mode!r}: it is host, private or container:NAME")
-    if kind == "userns" and word != "host":
-        raise InvalidArgument(f"--userns {mode!r}: only host is there, the container's root is the host's")
     linux["namespaces"] = [item for item in linux["namespaces"] if item["type"] != name]
     if word == "container":
         linux["namespaces"].append({"type": name, "path": path})

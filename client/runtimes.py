@@ -19,6 +19,16 @@ def runc_options(
     )
 
 
+def owned(options: Message | None, uid: int, gid: int) -> Message | None:
+    """The same options, with a process' streams belonging to somebody; those of other shims are left alone."""
+    if options is not None and not isinstance(options, runc_options_pb2.Options):
+        return options
+    changed = runc_options_pb2.Options(io_uid=uid, io_gid=gid)
+    if options is not None:
+        changed.MergeFrom(options)
+    return changed
+
+
 def config_options(path: str) -> Message:
     """For shims that are configured by a file (gVisor, Kata)."""
     from wherry.proto import runtimeoptions_pb2

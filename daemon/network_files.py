@@ -25,10 +25,20 @@ class Files:
         """The host's name inside, "" where we didn't give one."""
         return files.read_host(os.path.join(self.folder(namespace, container), "hostname")).strip()
 
-    def write(self, connection: Connection, settings: pb.Settings, hostname: str, resolv_conf: str) -> None:
-        """A container's files; `resolv_conf` is what others (CNI) said, "" for nothing. Raises InvalidArgument."""
+    def write(
+        self,
+        connection: Connection,
+        settings: pb.Settings,
+        hostname: str,
+        resolv_conf: str,
+        owner: tuple[int, int] = (0, 0),
+    ) -> None:
+        """A container's files; `resolv_conf` is what others (CNI) said, "" for nothing. Raises InvalidArgument.
+
+        `owner` is the container's root as the host numbers it.
+        """
         folder = self.folder(connection.namespace, connection.container)
-        files.write(folder, self._texts(connection, settings, hostname, resolv_conf))
+        files.write(folder, self._texts(connection, settings, hostname, resolv_conf), owner)
 
     def add_host(self, connection: Connection, endpoint: Endpoint) -> None:
         """The container's name at one more of its addresses."""

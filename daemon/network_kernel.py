@@ -47,11 +47,18 @@ class Kernel:
             await self._worker.warm()
 
     async def attach(
-        self, connection: Connection, endpoints: Sequence[Endpoint], others: Sequence[Connection], *, make: bool
+        self,
+        connection: Connection,
+        endpoints: Sequence[Endpoint],
+        others: Sequence[Connection],
+        *,
+        make: bool,
+        users: Mapping[str, str] | None = None,
     ) -> None:
         """Connects a container's endpoints, with its published ports where `make`, the namespace too.
 
-        `others` are all connections, this one among them: what the table holds where it has to be made.
+        `others` are all connections, this one among them: what the table holds where it has to be made. `users`: the
+        user namespace that owns the new one (`Links.make_namespace`).
         """
         self._touch()
         wanted = [self._networks.all[item.network] for item in endpoints]
@@ -63,6 +70,7 @@ class Kernel:
                     netns=connection.netns,
                     owner=connection.key,
                     make=make,
+                    users=users,
                     plugs=self._plugs(connection, endpoints, wanted),
                     rules=text,
                 )
@@ -77,10 +85,10 @@ class Kernel:
         for endpoint, mac in zip(endpoints, macs, strict=True):
             endpoint.mac = mac
 
-    async def namespace(self, path: str) -> None:
+    async def namespace(self, path: str, users: Mapping[str, str] | None = None) -> None:
         """A namespace without interfaces."""
         self._touch()
-        await self._worker.call("namespace", netns=path)
+        await self._worker.call("namespace", netns=path, users=users)
 
     async def withdraw(self, connection: Connection, others: Iterable[Connection]) -> None:
         """Its published ports lead nowhere from now on; those that are one of the others' stay."""

@@ -48,7 +48,7 @@ from wherry.daemon.network_settings import port, settings_of
 from wherry.daemon.network_spec import Spec
 from wherry.daemon.network_user import UserNetwork
 from wherry.daemon.network_wishes import Wishes
-from wherry.network.model import Connection, Endpoint, Network, plain
+from wherry.network.model import USERS, Connection, Endpoint, Network, plain
 from wherry.network.store import Store
 from wherry.proto import events_pb2
 from wherry.proto import network_pb2 as pb
@@ -202,7 +202,7 @@ class NetworkManager:
         try:
             spec.name(hostname, settings.domainname)
             said = self.cni.resolv_conf(connection) if self.user is None else self.user.nameservers(connection)
-            self.files.write(connection, settings, hostname, said)
+            self.files.write(connection, settings, hostname, said, spec.root())
         except BaseException:
             await self._release(key)
             raise
@@ -211,9 +211,12 @@ class NetworkManager:
 
     async def _make(self, connection: Connection, settings: pb.Settings, spec: Spec) -> None:
         """Namespace, interfaces, addresses, rules, names and ports of a container."""
-        if spec.has_user_namespace:
-            # the namespace would belong to the host's root, and the container couldn't mount its /sys
-            raise Unimplemented("a container with a user namespace can't be on a network: use --net none or --net host")
+        # its network namespace has to belong to it: else it can't mount its /sys, nor change what it is let change
+        users = spec.users()
+        if users is not None and self.user is not None:
+            raise Unimplemented(
+                "an ordinary user's container is in that user's namespace already: another one can't be on a network"
+            )
         key = connection.namespace, connection.container
         wanted, foreign = await self._wishes.resolve(settings)
         token = os.urandom(4).hex()
@@ -225,7 +228,7 @@ class NetworkManager:
         recorded = plain(connection)
         reach("network.recorded")
         try:
-            await self._keep_and_plug(connection)
+            await self._keep_and_plug(connection, users)
             for endpoint in foreign:
                 await (self.cni if self.user is None else self.user).add(connection, endpoint)
             reach("network.attached")
@@ -234,15 +237,15 @@ class NetworkManager:
         except BaseException:
             await self._release(key)
             raise
-        spec.join(connection.netns)
+        spec.join(connection.netns, "" if users is None else users.get("path") or connection.netns + USERS)
         if not self._warned:
             self._warned = True
             self._spawn(self._warn())
 
-    async def _keep_and_plug(self, connection: Connection) -> None:
+    async def _keep_and_plug(self, connection: Connection, users: dict[str, str] | None) -> None:
         own = [item for item in connection.endpoints if item.kind == "bridge"]
         if not own:
-            await self.kernel.namespace(connection.netns)
+            await self.kernel.namespace(connection.netns, users)
             return
         await self.names.serve(connection)
         attach = self.kernel.attach
@@ -250,11 +253,11 @@ class NetworkManager:
             # the rules want to know which ports were found
             await self.names.tell(connection)
             reach("network.kept")
-            await attach(connection, own, list(self.connections.values()), make=True)
+            await attach(connection, own, list(self.connections.values()), make=True, users=users)
             return
         done = await asyncio.gather(
             self.names.tell(connection),
-            attach(connection, own, list(self.connections.values()), make=True),
+            attach(connection, own, list(self.connections.values()), make=True, users=users),
             return_exceptions=True,
         )
         for error in done:

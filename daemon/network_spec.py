@@ -27,17 +27,48 @@ class Spec:
     def data(self) -> bytes:
         return json.dumps(self._value, separators=(",", ":"), ensure_ascii=False).encode()
 
-    @property
-    def has_user_namespace(self) -> bool:
-        return any(item.get("type") == "user" for item in self._namespaces())
+    def users(self) -> dict[str, str] | None:
+        """The user namespace that is asked for: the `path` of one, or its `uids` and `gids` as uid_map has them.
+
+        None where there is to be none. Raises InvalidArgument for a new one without mappings.
+        """
+        for item in self._namespaces():
+            if item.get("type") == "user":
+                if item.get("path"):
+                    return {"path": str(item["path"])}
+                return {"uids": self._mapping("uidMappings"), "gids": self._mapping("gidMappings")}
+        return None
+
+    def root(self) -> tuple[int, int]:
+        """Who the container's root is on the host."""
+        found = [0, 0]
+        for number, name in enumerate(("uidMappings", "gidMappings")):
+            for item in self._linux().get(name) or ():
+                if not item.get("containerID"):
+                    found[number] = int(item.get("hostID") or 0)
+        return found[0], found[1]
+
+    def _mapping(self, name: str) -> str:
+        try:
+            lines = [
+                f"{int(item.get('containerID') or 0)} {int(item.get('hostID') or 0)} {int(item['size'])}\n"
+                for item in self._linux()[name]
+            ]
+        except (KeyError, TypeError, ValueError):
+            raise InvalidArgument(
+                f"a user namespace needs {name} (containerID, hostID, size): invalid argument"
+            ) from None
+        return "".join(lines)
 
     @property
     def hostname(self) -> str:
         return str(self._value.get("hostname") or "")
 
-    def join(self, path: str) -> None:
-        """The network namespace of `path`; "" is the host's."""
+    def join(self, path: str, users: str = "") -> None:
+        """The network namespace of `path`, "" is the host's; `users` is the user namespace that owns it."""
         kept = [item for item in self._namespaces() if item.get("type") != "network"]
+        if users:
+            kept = [{**item, "path": users} if item.get("type") == "user" else item for item in kept]
         if path:
             kept.append({"type": "network", "path": path})
         self._linux()["namespaces"] = kept

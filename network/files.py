@@ -95,8 +95,8 @@ def read_host(path: str) -> str:
         return ""
 
 
-def write(folder: str, texts: dict[str, str]) -> None:
-    """The files of one container, in place of those of before."""
+def write(folder: str, texts: dict[str, str], owner: tuple[int, int] = (0, 0)) -> None:
+    """The files of one container, in place of those of before; `owner` is its root."""
     os.makedirs(folder, mode=0o711, exist_ok=True)
     for name, text in texts.items():
         # for everybody in the container to read, whoever it runs as
@@ -104,6 +104,8 @@ def write(folder: str, texts: dict[str, str]) -> None:
             os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644), "w"
         ) as file:
             os.fchmod(file.fileno(), 0o644)
+            if owner != (0, 0):
+                os.fchown(file.fileno(), *owner)
             file.write(text)
 
 

@@ -18,7 +18,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 from wherry.core import places
 from wherry.core.errors import AlreadyExists, FailedPrecondition, NotFound, WherryError
 from wherry.core.failpoints import reach
+from wherry.linux import namespaces
 from wherry.linux import syscalls as sc
+from wherry.network.model import USERS
 
 _IFF_UP = 1
 _IFA_F_NODAD = 2
@@ -53,10 +55,12 @@ class Links:
 
     # -- namespaces
 
-    def make_namespace(self, path: str) -> None:
+    def make_namespace(self, path: str, users: Mapping[str, str] | None = None) -> None:
         """A new network namespace with its loopback up, held by a mount on the file `path`, which is made.
 
-        Raises AlreadyExists where there is such a file.
+        `users`: it belongs to a user namespace, that of the file `path` in there, or a new one with the mappings
+        `uids` and `gids` (lines of uid_map), which `path` + USERS holds. Raises AlreadyExists where there is such a
+        file.
         """
         os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
         try:
@@ -64,7 +68,9 @@ class Links:
         except FileExistsError:
             raise AlreadyExists(f"network namespace {path}: already exists") from None
         try:
-            if places.is_users():
+            if users:
+                self._make_owned(path, users)
+            elif places.is_users():
                 _in_child(lambda: _new_namespace(path))  # nobody in a user namespace gets back to the host's
             else:
                 try:
@@ -75,12 +81,30 @@ class Links:
             self.remove_namespace(path)
             raise
 
+    def _make_owned(self, path: str, users: Mapping[str, str]) -> None:
+        """user_namespaces(7): who makes a network namespace decides by its own user namespace whose it is."""
+        if users.get("path"):
+            owner = namespaces.open_namespace(users["path"])
+        else:
+            owner = namespaces.make_user_namespace(users["uids"], users["gids"])
+        try:
+            if not users.get("path"):
+                os.close(os.open(path + USERS, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+                sc.mount(f"/proc/self/fd/{owner}", path + USERS, "none", sc.MS_BIND)
+            with namespaces.made_in(owner, sc.CLONE_NEWNET) as pid:
+                sc.mount(namespaces.path_of("network", pid), path, "none", sc.MS_BIND)
+        finally:
+            os.close(owner)
+        with self.inside(path) as links:
+            links.link("set", index=1, state="up")
+
     def remove_namespace(self, path: str) -> None:
         """Lets go of a namespace; it ends, with its interfaces, when no process is in it. None there is fine."""
-        with contextlib.suppress(OSError):
-            sc.umount2(path, sc.MNT_DETACH)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        for name in (path, path + USERS):
+            with contextlib.suppress(OSError):
+                sc.umount2(name, sc.MNT_DETACH)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
 
     @contextlib.contextmanager
     def inside(self, path: str) -> Iterator[IPRoute]:

@@ -8,6 +8,8 @@ from typing import Any
 
 DEFAULT = "bridge"
 """The name of the built-in network."""
+USERS = ".user"
+"""Beside a network namespace's file: its owner, the user namespace of the container."""
 RESERVED = frozenset({"bridge", "none", "host", "container", "default"})
 
 

@@ -28,6 +28,7 @@ from wherry.core.failpoints import reach
 from wherry.network import nft
 from wherry.network.conntrack import forget
 from wherry.network.links import Links, refused
+from wherry.network.model import USERS
 
 Request = dict[str, Any]
 
@@ -51,12 +52,15 @@ class Worker:
         }
 
     def attach(self, request: Request) -> list[str]:
-        """Connects a container: `netns` (made where `make`), `plugs` of networks and endpoints, `rules`. The MACs."""
+        """Connects a container: `netns` (made where `make`, for `users`), `plugs` of networks and endpoints, `rules`.
+
+        The MACs.
+        """
         path, owner = str(request["netns"]), str(request["owner"])
         plugged: list[str] = []
         macs = []
         if request["make"]:
-            self._links.make_namespace(path)
+            self._links.make_namespace(path, request.get("users"))
             reach("network.worker.made")
         try:
             for plug in request["plugs"]:
@@ -95,7 +99,7 @@ class Worker:
 
     def namespace(self, request: Request) -> None:
         """A namespace alone, for CNI: its plugins do the rest."""
-        self._links.make_namespace(request["netns"])
+        self._links.make_namespace(request["netns"], request.get("users"))
 
     def network(self, request: Request) -> None:
         """A network's bridge, and `rules`."""
@@ -114,10 +118,10 @@ class Worker:
     def sweep(self, request: Request) -> list[str]:
         """Removes what is ours and not in `keep` (interfaces) or `namespaces` (paths); then `rules` hold."""
         gone = self._links.sweep(request["keep"], request["bridges"])
-        kept = set(request["namespaces"])
+        kept = {name for path in request["namespaces"] for name in (path, path + USERS)}
         for path in _files(request["folder"]):
             if path not in kept:
-                self._links.remove_namespace(path)
+                self._links.remove_namespace(path.removesuffix(USERS))
                 gone.append(path)
         for folder in _folders(request["folder"]):
             with contextlib.suppress(OSError):

@@ -91,7 +91,7 @@ def test_namespaces_of_another_container(wherry: Wherry) -> None:
         (["--stop-signal", "NOPE"], "is no signal"),
         (["--health-retries", "3"], "need --health-cmd"),
         (["--gpus", "some"], "expected all"),
-        (["--userns", "private"], "only host"),
+        (["--userns", "nonsense"], "it is host, auto"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
