@@ -37,7 +37,10 @@ class Cni:
         bin_dirs: Sequence[str] = BIN_DIRS,
         cache_dir: str = CACHE_DIR,
         timeout: float = TIMEOUT,
+        within: Sequence[str] = (),
     ) -> None:
+        """`within` is a command that runs a plugin somewhere else, the plugin's path behind it."""
+        self._within = list(within)
         self._conf_dir = conf_dir
         self._bin_dirs = list(bin_dirs)
         self._cache = Cache(cache_dir)
@@ -45,6 +48,11 @@ class Cni:
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
 
     # -- configurations
+
+    @property
+    def conf_dir(self) -> str:
+        """The folder of the configurations."""
+        return self._conf_dir
 
     def networks(self) -> tuple[list[NetworkList], list[str]]:
         """The networks of the folder, and what is wrong with files of it."""
@@ -223,7 +231,13 @@ class Cni:
         whole = {**settings, "name": network.name, "cniVersion": network.version}
         whole.pop("capabilities", None)
         return await execute(
-            settings["type"], self._bin_dirs, command, whole, variables=variables, seconds=self._timeout
+            settings["type"],
+            self._bin_dirs,
+            command,
+            whole,
+            variables=variables,
+            seconds=self._timeout,
+            within=self._within,
         )
 
     def _kept(self, network: str, attachment: Attachment) -> Cached:
