@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import crowd as crowd_
-from bench import measure, pulls
+from bench import library, measure, pulls
 from bench import starts as starts_
 from bench.api import Failed
 from bench.cli import figures
@@ -136,12 +136,25 @@ def images(lab: Lab) -> list[Row]:
     ]
 
 
+def runtime(lab: Lab) -> list[Row]:
+    """The bundled runtime beside the others' command lines; the second figure is runc's, and crun's."""
+    folder = lab.folder / "runtime"
+    found = library.measured(folder)
+    return [
+        Row("wherry-runtime run true, beside runc", "ms", *library.commands(folder), 1.3),
+        Row("create, start, delete by the library, beside crun", "ms", *found["life"], 1.0),
+        Row("exec of true by the library, beside crun", "ms", *found["exec"], 1.0),
+    ]
+
+
 def main() -> int:
     """Measure, print; with --check exit 1 where a limit is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 where a limit is missed")
     parser.add_argument(
-        "--only", choices=["speed", "starts", "weight", "crowd", "cli", "images"], help="one part of the table"
+        "--only",
+        choices=["speed", "starts", "weight", "crowd", "cli", "images", "runtime"],
+        help="one part of the table",
     )
     options = parser.parse_args()
     rows: list[Row] = []
@@ -155,6 +168,8 @@ def main() -> int:
             rows += [Row(what, "ms", ours, theirs, limit) for what, ours, theirs, limit in figures(wherry, lab.image)]
         if options.only in (None, "images"):
             rows += images(lab)
+        if options.only in (None, "runtime"):
+            rows += runtime(lab)
     table = [["", "unit", "Wherry", "containerd", "ratio", "limit"], *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for number, line in enumerate(table):

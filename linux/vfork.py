@@ -8,7 +8,7 @@ two runs at a time, in the same interpreter and on the same stack::
       spawn(flags, cgroup, body)
         clone3(CLONE_VM | CLONE_VFORK)
         (stopped)                           body(0): namespaces, mounts, … , returns what to execute
-                                            execveat; if that fails: body(errno), which returns None, and _exit(1)
+                                            execve(at); if that fails: body(errno), which returns None, and _exit(1)
       goes on, as if it had called `body` itself
 
 Because the child's Python returns before the program is executed, the interpreter is as it would be after a call.
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 LOST = 97
 CLONE_VM, CLONE_VFORK = 0x100, 0x4000
 _SIGCHLD = 17
+_AT_EMPTY_PATH, _EXECVE, _EXECVEAT = 0x1000, 59, 322
 # rdi: struct clone_args, rsi: its size, rdx: the callback, rcx: an int that is 0 while the callback runs; returns the
 # child's pid, or the negative errno of clone3
 _X86_64 = bytes.fromhex(
@@ -49,23 +50,23 @@ _X86_64 = bytes.fromhex(
     "b8b3010000"  # mov eax, 435 (clone3)
     "0f05"  # syscall
     "4885c0"  # test rax, rax
-    "753d"  # jne parent
+    "753a"  # jne parent
     "31ff"  # xor edi, edi
     "41c7042400000000"  # again: mov dword [r12], 0
     "ffd3"  # call rbx
     "41c7042401000000"  # mov dword [r12], 1
     "4885c0"  # test rax, rax
-    "7437"  # je done
+    "7434"  # je done
     "4989c1"  # mov r9, rax
-    "498b39"  # mov rdi, [r9]: a descriptor
-    "498b7108"  # mov rsi, [r9+8]: ""
-    "498b5110"  # mov rdx, [r9+16]: argv
-    "4d8b5118"  # mov r10, [r9+24]: envp
-    "41b800100000"  # mov r8d, AT_EMPTY_PATH
-    "b842010000"  # mov eax, 322 (execveat)
+    "498b39"  # mov rdi, [r9]: the arguments of a call …
+    "498b7108"  # mov rsi, [r9+8]
+    "498b5110"  # mov rdx, [r9+16]
+    "4d8b5118"  # mov r10, [r9+24]
+    "4d8b4120"  # mov r8, [r9+32]
+    "498b4128"  # mov rax, [r9+40]: … and its number, execve's or execveat's
     "0f05"  # syscall
     "4889c7"  # mov rdi, rax
-    "ebc5"  # jmp again
+    "ebc8"  # jmp again
     "41833c2400"  # parent: cmp dword [r12], 0
     "7518"  # jne ended
     "4885c0"  # test rax, rax
@@ -109,14 +110,18 @@ _MACHINE_CODE = {"x86_64": (_X86_64, _X86_64_ORPHAN)}
 
 
 class Program:
-    """What a child executes: an open executable file, arguments, and `NAME=value` strings."""
+    """What a child executes: an open executable file or the path of one, arguments, and `NAME=value` strings."""
 
-    def __init__(self, fd: int, argv: list[bytes], env: list[bytes]) -> None:
+    def __init__(self, file: int | bytes, argv: list[bytes], env: list[bytes]) -> None:
         self._argv = (ctypes.c_char_p * (len(argv) + 1))(*argv, None)
         self._env = (ctypes.c_char_p * (len(env) + 1))(*env, None)
-        self._path = ctypes.create_string_buffer(1)
-        words = (fd, *(ctypes.addressof(part) for part in (self._path, self._argv, self._env)))
-        self._words = (ctypes.c_uint64 * 4)(*words)
+        self._path = ctypes.create_string_buffer(b"" if isinstance(file, int) else file)
+        path, *lists = (ctypes.addressof(part) for part in (self._path, self._argv, self._env))
+        if isinstance(file, int):
+            words = (file, path, *lists, _AT_EMPTY_PATH, _EXECVEAT)
+        else:
+            words = (path, *lists, 0, 0, _EXECVE)
+        self._words = (ctypes.c_uint64 * 6)(*words)
         self.address = ctypes.addressof(self._words)
 
 

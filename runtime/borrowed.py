@@ -168,10 +168,18 @@ def serves(plan: Plan) -> bool:
     labels = ("apparmorProfile", "selinuxLabel", "scheduler", "ioPriority", "execCPUAffinity")
     if any(plan.process.get(name) for name in labels) or plan.linux.get("netDevices") or plan.rdt:
         return False
+    return enough_memory(plan) and _lets_pass(plan.linux.get("seccomp"))
+
+
+def machine() -> vfork.Vfork | None:
+    """What lends this process's memory; None where nothing is prepared."""
+    return _vfork
+
+
+def enough_memory(plan: Plan) -> bool:
+    """Whether the kernel has no reason to kill who is in the container's cgroup for the work of a few milliseconds."""
     memory = (plan.linux.get("resources") or {}).get("memory") or {}
-    if 0 < (memory.get("limit") or 0) < _MEMORY_LEAST:
-        return False
-    return _lets_pass(plan.linux.get("seccomp"))
+    return not 0 < (memory.get("limit") or 0) < _MEMORY_LEAST
 
 
 def _lets_pass(profile: Mapping[str, Any] | None) -> bool:
@@ -204,16 +212,11 @@ def spawn(plan: Plan, recorded: Callable[[int], None]) -> int:
     What can't be done is a ContainerError, and the child is gone.
     """
     gate, opened = os.pipe()
-    kept, joined, trees = vars(plan).copy(), dict(plan.joined), dict(plan.trees)
     problems: list[str] = []
     try:
-        pid = _spawn(plan, gate, problems)
+        pid = lend(plan, lambda: _spawn(plan, gate, problems))
     finally:
-        # the child closed its own descriptors; ours are still open
-        vars(plan).update(kept)
-        plan.joined, plan.trees = joined, trees
         os.close(gate)
-        process.set_dumpable(True)
     try:
         if problems:
             raise ContainerError(make.FAILED_START + problems[0])
@@ -227,6 +230,18 @@ def spawn(plan: Plan, recorded: Callable[[int], None]) -> int:
     finally:
         os.close(opened)
     return pid
+
+
+def lend(plan: Plan, spawned: Callable[[], int]) -> int:
+    """Call what spawns a child that borrows the memory, and have the plan as it was: the child closed descriptors of
+    its own, ours are still open."""
+    kept, joined, trees = vars(plan).copy(), dict(plan.joined), dict(plan.trees)
+    try:
+        return spawned()
+    finally:
+        vars(plan).update(kept)
+        plan.joined, plan.trees = joined, trees
+        process.set_dumpable(True)
 
 
 def _spawn(plan: Plan, gate: int, problems: list[str]) -> int:

@@ -160,6 +160,7 @@ def preload() -> None:
     )
     from wherry.runtime import (  # noqa: F401
         borrowed,
+        borrowed_exec,
         cgroup,
         checkpoint,
         console,

@@ -9,8 +9,10 @@ can't be traced (`sealed.py`, `init.isolate`), because here somebody is already 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sys
 
 from wherry.core.errors import WherryError
 from wherry.linux import namespaces, process
@@ -54,16 +56,34 @@ def exec_process(request: ExecRequest) -> int:
         prepare.open_console(plan, request.console_socket, request.console_fd)
         prepare.compile_seccomp(plan)
 
-        def recorded(pid: int) -> None:
-            if request.pid_file:
-                make.write_pid_file(request.pid_file, pid)
-
-        pid, channel = _spawn(plan)
-        return make.converse(plan, pid, channel, recorded)
+        return _make(plan, request.pid_file)
     except (OSError, WherryError, ValueError) as error:
         raise ContainerError(make.FAILED_START + create.text_of(error), exit_code=255) from error
     finally:
         prepare.close(plan, request.console_fd)
+
+
+def _make(plan: Plan, pid_file: str) -> int:
+    """The process, which has executed its program; its pid."""
+
+    def recorded(pid: int) -> None:
+        if pid_file:
+            make.write_pid_file(pid_file, pid)
+
+    def forget() -> None:
+        if pid_file:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(pid_file)
+
+    borrowed = sys.modules.get("wherry.runtime.borrowed_exec")
+    if borrowed is not None and borrowed.serves(plan):
+        try:
+            return int(borrowed.spawn(plan, recorded, forget))
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # its cgroup may hold no process: see `_spawn`
+                raise
+    pid, channel = _spawn(plan)
+    return make.converse(plan, pid, channel, recorded)
 
 
 # -- the runtime's part -----------------------------------------------------------------------------------------------
@@ -162,7 +182,7 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
         init.isolate(plan, channel)
         if "user" in plan.joined and os.geteuid():
             _enter_user_namespace(plan, channel)
-        label = kernel.open_label(plan.process)  # of the host's /proc: the container's could be a fake
+        label = open_label(plan)
         namespaces.join(plan.joined)
         plan.joined = {}
         if "user" in plan.kinds:
@@ -171,29 +191,43 @@ def run(plan: Plan, channel: Channel) -> NoReturn:
             process.set_dumpable(False)
         channel.send("ready")
         channel.expect("go")
-        if not plan.no_new_keyring:
-            kernel.join_keyring(plan.state.id)
-        if plan.console >= 0:
-            from wherry.runtime import console
-
-            root = Root("/")
-            console.set_up(root, plan.process, plan.console, with_console=False)
-            os.close(root.fd)
-        kernel.write_label(label, plan.process)
-        kernel.set_personality(plan.linux)
+        settle_in(plan, label)
         program, env = init.finish(plan, channel)
         channel.send("waiting")
         channel.expect("recorded")
         sc.execve(program, plan.process["args"], env)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent has to say it: this process can't
-        text = init.describe(error)
-        if isinstance(error, OSError) and error.filename == plan.process["args"][0]:
-            text = f"exec {error.filename}: {(error.strerror or '').lower()}"
         try:
-            channel.send("error", text)
+            channel.send("error", said_of(error, plan))
         finally:
             os._exit(255)
     os._exit(255)  # execve returns only by raising
+
+
+def open_label(plan: Plan) -> int:
+    """Where the label is written, of the host's /proc: the container's could be a fake. Before it joins namespaces."""
+    return kernel.open_label(plan.process)
+
+
+def settle_in(plan: Plan, label: int) -> None:
+    """What is done in the container with the host's rights: keyring, terminal, label, personality."""
+    if not plan.no_new_keyring:
+        kernel.join_keyring(plan.state.id)
+    if plan.console >= 0:
+        from wherry.runtime import console
+
+        root = Root("/")
+        console.set_up(root, plan.process, plan.console, with_console=False)
+        os.close(root.fd)
+    kernel.write_label(label, plan.process)
+    kernel.set_personality(plan.linux)
+
+
+def said_of(error: BaseException, plan: Plan) -> str:
+    """The text of what went wrong in the child; a program that can't be executed is told as runc tells it."""
+    if isinstance(error, OSError) and error.filename == plan.process["args"][0]:
+        return f"exec {error.filename}: {(error.strerror or '').lower()}"
+    return init.describe(error)
 
 
 def _enter_user_namespace(plan: Plan, channel: Channel) -> None:

@@ -76,8 +76,8 @@ POINTS: Final = [
     *_points("runtime", GONE, "runtime.create.mounted", "runtime.create.taken", "runtime.create.cgroup"),
     *_points("runtime", GONE, "runtime.create.recorded", "runtime.answering"),
     *_points("runtime", GONE, "runtime.borrowed.namespaces", "runtime.borrowed.waits"),
-    # of the exec: where the container has no hooks its own first process isn't forked
-    *_points("runtime", KEPT, "runtime.forked", "runtime.child.born", "runtime.child.ready", "runtime.recorded"),
+    # of the exec, which isn't forked
+    *_points("runtime", KEPT, "runtime.borrowed.entering", "runtime.borrowed.executed"),
     # of the container itself
     *_points("runtime", GONE, "runtime.forked", "runtime.child.born", "runtime.child.ready", hooks=True),
     *_points("runtime", GONE, "runtime.recorded", "runtime.init.namespaces", hooks=True),

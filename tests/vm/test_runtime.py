@@ -100,7 +100,7 @@ _OF_THE_HIERARCHY = "limit or cgroup or device_rules or pause_and or update or k
 #: needs daemons that aren't in the image (test_callers).
 _LANES = (
     (
-        (_OURS, "attacks attacks_naive borrowed exec hooks lifecycle terminal process"),
+        (_OURS, "attacks attacks_naive borrowed borrowed_exec exec hooks lifecycle terminal process"),
         (f"({_OF_THE_HIERARCHY}) and runc", "process lifecycle filesystem"),
     ),
     (
