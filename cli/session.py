@@ -75,10 +75,11 @@ class Session:
         return daemon
 
     def _users_daemon(self) -> None:
-        from wherry.client.embedded import Embedded
+        from wherry.client.embedded import Embedded, start_service
 
-        args = ["--exit-idle", IDLE]
-        Embedded(root=places.root(), state=places.state(), address=self.address, args=args, stays=True).start()
+        if not start_service(self.address):
+            args = ["--exit-idle", IDLE]
+            Embedded(root=places.root(), state=places.state(), address=self.address, args=args, stays=True).start()
 
     async def close(self) -> None:
         """Ends the connection, and the daemon that was started for this command."""

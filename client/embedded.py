@@ -38,6 +38,31 @@ LINES = 15
 NAME = "wherry-embedded"
 
 
+# what `wherryd systemd install --user --enable` leaves, with and without --socket
+_ENABLED = ("default.target.wants/wherryd.service", "sockets.target.wants/wherryd.socket")
+
+
+def start_service(address: str) -> bool:
+    """Have the user's service manager start the user's daemon, where it was told to keep one (`wherryd systemd install
+    --user`): one of our own would stand in its way. Whether somebody answers at the address then."""
+    units = os.path.join(places.config_folder(), "systemd", "user")
+    if not any(os.path.lexists(os.path.join(units, link)) for link in _ENABLED):
+        return False
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(
+            ["systemctl", "--user", "start", "wherryd.service"], capture_output=True, timeout=START, check=True
+        )
+        return _answers(address)
+    return False
+
+
+def _answers(address: str) -> bool:
+    with contextlib.suppress(Unavailable):
+        sockets.connect(f"{address}.ttrpc", 1.0).close()
+        return True
+    return False
+
+
 class Embedded:
     """A daemon as a child process. One that already serves on the same folders is used, and left running."""
 
@@ -67,7 +92,7 @@ class Embedded:
 
     def start(self, timeout: float = START) -> None:
         """Starts it and waits until it serves. Raises Unavailable with the end of its log where it doesn't."""
-        if self._process is not None or self._answers():
+        if self._process is not None or _answers(self.address):
             return
         os.makedirs(self.root, mode=0o711, exist_ok=True)
         os.makedirs(self.state, mode=0o711, exist_ok=True)
@@ -98,12 +123,6 @@ class Embedded:
         if process is not None:
             process.kill()
             process.wait()
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(Unavailable):
-            sockets.connect(f"{self.address}.ttrpc", 1.0).close()
-            return True
-        return False
 
     def _spawn(self, notify: str) -> None:
         command = [sys.executable, "-m", "wherry.daemon", "--address", self.address]
@@ -140,7 +159,7 @@ class Embedded:
     def _another(self, deadline: float) -> bool:
         """Whether somebody else, who was first, serves in time: two clients may start a daemon at the same moment."""
         while time.monotonic() < deadline:
-            if self._answers():
+            if _answers(self.address):
                 return True
             time.sleep(0.02)
         return False

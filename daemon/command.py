@@ -17,6 +17,9 @@ from wherry.daemon import config as configuration
 from wherry.daemon.config import Config
 from wherry.daemon.version import PACKAGE, REVISION, VERSION
 
+# seconds that a daemon which leaves when nobody calls has for it, where another one means to stay
+_DISPLACE = 20.0
+
 _DESCRIPTION = """\
 The daemon of Wherry: it keeps images, snapshots and containers, and runs containers through shims that outlive it.
 Clients reach it by gRPC on its socket (containerd's API) and by ttrpc on the same path with ".ttrpc" behind it.
@@ -150,6 +153,10 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if not options.exit_idle:
+        from wherry.daemon.lock import displace
+
+        displace(os.path.join(_load(options).state, "lock"), _DISPLACE)
     if os.geteuid() != 0:
         from wherry.linux.rootless import enter
 
@@ -162,19 +169,21 @@ def _serve(options: argparse.Namespace) -> int:
     sockets = listeners()  # before anything else opens a file
     config = _load(options)
     logs.set_up(config.debug.level, config.debug.format)
-    with _locks(config, sockets):
+    with _locks(config, sockets, options.exit_idle):
         from wherry.daemon.run import run
-        from wherry.linux.rootless import leave
+        from wherry.linux.rootless import leave, settle
 
+        if refused := settle(config.state):
+            print(f"wherryd: containers can't be limited: no cgroup is delegated: {refused}", file=sys.stderr)
         code = run(config, sockets, options.exit_idle)
         leave(config.state)
         return code
 
 
 @contextlib.contextmanager
-def _locks(config: Config, handed_over: Container[str]) -> Iterator[None]:
+def _locks(config: Config, handed_over: Container[str], exit_idle: float) -> Iterator[None]:
     """Hold what two daemons must not share; the one that is refused has touched nothing of the other's."""
-    from wherry.daemon.lock import Lock, refuse_listener
+    from wherry.daemon.lock import Lock, await_leaver, refuse_listener
 
     holder: dict[str, object] = {
         "pid": os.getpid(),
@@ -182,6 +191,9 @@ def _locks(config: Config, handed_over: Container[str]) -> Iterator[None]:
         "root": config.root,
         "state": config.state,
     }
+    if exit_idle:
+        holder["exit_idle"] = exit_idle
+    await_leaver(os.path.join(config.state, "lock"), config.ttrpc_address, _DISPLACE)
     address = config.grpc.address
     for folder in (config.root, config.state, os.path.dirname(address)):
         os.makedirs(folder, mode=0o711, exist_ok=True)

@@ -1,7 +1,8 @@
 """Who may use a folder or a socket: one daemon at a time, and the refused one is told who has it.
 
 A lock is a file that stays where it is, locked with flock(2) for as long as the daemon lives (the kernel lets go when
-it dies, however it dies). Its content says who holds it: a line of JSON with pid, address, root and state.
+it dies, however it dies). Its content says who holds it: a line of JSON with pid, address, root and state, and with
+`exit_idle` where it leaves by itself.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import struct
+import time
 
 from wherry.core.errors import FailedPrecondition
 from wherry.proto.addresses import short_path
+
+# seconds between two looks at who holds a lock
+_LOOK = 0.02
 
 
 class Lock:
@@ -44,6 +50,52 @@ class Lock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def displace(path: str, timeout: float) -> None:
+    """Have the holder of the lock at `path` leave where it would by itself (`--exit-idle`): somebody means to stay.
+
+    Its containers go on. Waits for its end, `timeout` seconds at most; whoever takes the lock then is told the rest.
+    """
+    deadline, asked = time.monotonic() + timeout, 0
+    while (pid := _leaver(path)) and time.monotonic() < deadline:
+        if pid != asked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            asked = pid
+        time.sleep(_LOOK)
+
+
+def await_leaver(path: str, address: str, timeout: float) -> None:
+    """Wait, `timeout` seconds at most, while the holder of the lock at `path` is one that is about to leave by itself:
+    it doesn't serve at `address` any more, and a client that found it so wants another one."""
+    deadline = time.monotonic() + timeout
+    while _leaver(path) and not _listens(address) and time.monotonic() < deadline:
+        time.sleep(_LOOK)
+
+
+def _leaver(path: str) -> int:
+    """The pid of the holder of the lock at `path`, where it leaves when nobody calls; else 0."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                holder = json.loads(os.pread(fd, 4096, 0))
+                return int(holder["pid"]) if holder.get("exit_idle") else 0
+        finally:
+            os.close(fd)
+    return 0
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.ExitStack() as stack:
+        try:
+            probe.connect(stack.enter_context(short_path(path)))
+        except OSError:
+            return False
+    return True
 
 
 def refuse_listener(path: str) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import _socket
 import ctypes
-import os
 import struct
 import time
 
+from wherry.core import places
 from wherry.linux import syscalls as sc
 
 TYPE_CHECKING = False
@@ -197,8 +197,8 @@ class Connection:
         self._sock.close()
 
     def _authenticate(self) -> None:
-        """EXTERNAL: the kernel says who we are."""
-        identity = str(os.geteuid()).encode().hex()
+        """EXTERNAL: the kernel says who we are, as the host numbers users."""
+        identity = str(places.user_id()).encode().hex()
         self._sock.sendall(f"\0AUTH EXTERNAL {identity}\r\n".encode())
         line = b""
         while not line.endswith(b"\r\n"):

@@ -76,6 +76,21 @@ def enter(state: str) -> None:
     os.close(lock)
 
 
+def settle(state: str) -> str:
+    """The daemon is the only one on its folders now: somebody holds the namespaces, and has cgroups for containers.
+
+    Returns "", or why there are no cgroups (also "" for root's daemon, which needs none of it).
+    """
+    if not os.environ.get(places.INSIDE):
+        return ""
+    if not _holder(state):
+        # the daemon before us was leaving when we joined its namespaces
+        _leave_holder(state)
+    from wherry.linux.cgroups import delegation  # noqa: PLC0415 - `unshare` and clients do without
+
+    return delegation.claim(_holder(state))
+
+
 def leave(state: str) -> None:
     """The daemon ends: with no container left, nobody needs the namespaces any more."""
     holder = _holder(state) if os.environ.get(places.INSIDE) else 0
@@ -190,6 +205,9 @@ def _leave_holder(state: str) -> None:
             null = os.open(os.devnull, os.O_RDWR)
             for number in range(3):
                 os.dup2(null, number)
+            # nor the sockets that systemd handed over to the daemon
+            os.closerange(3, program)
+            os.closerange(program + 1, max(program, *map(int, os.listdir("/proc/self/fd"))) + 1)
             os.chdir("/")
             os.execve(program, ["wherry-rootless", state], {})
         finally:

@@ -8,8 +8,7 @@ it (we, or systemd), and what happens where none may be made.
 
 from __future__ import annotations
 
-import os
-
+from wherry.core import places
 from wherry.core.errors import WherryError
 from wherry.runtime.errors import INVALID, PRECONDITION, ContainerError
 
@@ -29,14 +28,14 @@ def find(plan: Plan, *, systemd: bool) -> None:
     path = plan.linux.get("cgroupsPath") or ""
     if systemd or path.count(":") == 2:
         path = _unit_path(plan, path, systemd=systemd)
-    plan.cgroup = cgroups.plan(path, plan.state.id)
+    plan.cgroup = cgroups.plan(path, plan.state.id, exact=plan.unit is not None)
     plan.state.cgroup_paths = plan.cgroup.paths
 
 
 def _unit_path(plan: Plan, path: str, *, systemd: bool) -> str:
     from wherry.linux.cgroups import systemd as units
 
-    user = os.geteuid() != 0
+    user = places.is_users()
     if systemd and not units.running():
         raise ContainerError("systemd not running on this host, cannot use systemd cgroups manager", PRECONDITION)
     try:

@@ -20,7 +20,7 @@ _GENERATORS = {
 _DEFAULT_ADDRESS = "/run/wherry/wherryd.sock"
 _USERS_ADDRESS = "%t/wherry/wherryd.sock"  # %t is XDG_RUNTIME_DIR
 #: Lines of the service that a user's manager may not obey.
-_SYSTEMS_ALONE = ("ExecStartPre=", "OOMScoreAdjust=", "Limit", "# shims inherit", "DirectoryMode=")
+_SYSTEMS_ALONE = ("ExecStartPre=", "OOMScoreAdjust=", "Limit", "# shims inherit")
 #: systemd makes this folder; without it another init runs the machine (sd_booted(3)).
 _BOOTED = "/run/systemd/system"
 _SYSTEMCTL_SECONDS = 90  # systemd's own time limit for a start
@@ -78,6 +78,7 @@ def _for_user(text: str) -> str:
     """A unit without what only the system's manager may do, wanted by the target that a user's manager reaches."""
     lines = [line for line in text.splitlines() if not line.startswith(_SYSTEMS_ALONE)]
     wanted = "\n".join(lines).replace("WantedBy=multi-user.target", "WantedBy=default.target")
+    wanted = wanted.replace("SocketMode=0660", "SocketMode=0600").replace("DirectoryMode=0711", "DirectoryMode=0700")
     return wanted.replace("After=network.target local-fs.target dbus.service", "After=dbus.socket") + "\n"
 
 

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Cgroup", "Layout", "Mode", "OomWatch", "Stats", "host", "plan", "restore"]
 
 
-def plan(cgroups_path: str, container_id: str) -> Cgroup:
+def plan(cgroups_path: str, container_id: str, *, exact: bool = False) -> Cgroup:
     """The cgroup for the spec's `linux.cgroupsPath`; makes nothing.
 
-    An absolute path is below the root of the hierarchy; a relative one is below the caller's own cgroup (on v2 beside
+    An absolute path is below the root of the hierarchy, or of the part of it that an ordinary user was given (unless it
+    is `exact`, because systemd said it); a relative one is below the caller's own cgroup (on v2 beside
     it: a cgroup with processes can't delegate controllers); an empty one means the container's id as a relative path
     (rules of runc's fs drivers). Raises ValueError for a path that leaves the hierarchy.
     """
@@ -35,7 +36,7 @@ def plan(cgroups_path: str, container_id: str) -> Cgroup:
     if layout.mode is Mode.V2:
         from wherry.linux.cgroups.v2 import CgroupV2
 
-        return CgroupV2.plan(layout, cgroups_path, container_id)
+        return CgroupV2.plan(layout, cgroups_path, container_id, exact=exact)
     from wherry.linux.cgroups.v1 import CgroupV1
 
     return CgroupV1.plan(layout, cgroups_path, container_id)

@@ -25,6 +25,11 @@ V1_CONTROLLERS = (
 )
 
 
+#: Names, in the environment of an ordinary user's daemon, the part of the unified tree that was given to the user's
+#: containers (`delegation.py`).
+DELEGATED = "WHERRY_DELEGATED_CGROUP"
+
+
 class Mode:
     """V2: unified. V1: legacy hierarchies only. HYBRID: legacy controllers and an empty v2 tree beside them."""
 
@@ -55,14 +60,16 @@ class Layout:
     """`v1`: controller (or name=NAME) → hierarchy. `v2`: the unified tree, on hybrid hosts one without controllers.
 
     `user_namespace`: this process is in a user namespace of its own, where no devices can be opened that weren't, and
-    device rules can't be set (they are left out, as runc does).
+    device rules can't be set (they are left out, as runc does). `delegated`: there, the part of the unified tree that
+    was given to the user ("" for none): what is "below the hierarchy's root" elsewhere is below it.
     """
 
-    __slots__ = ("mode", "user_namespace", "v1", "v2")
+    __slots__ = ("delegated", "mode", "user_namespace", "v1", "v2")
 
     def __init__(self, mode: str, v1: dict[str, Hierarchy], v2: Hierarchy | None) -> None:
         self.mode = mode
         self.user_namespace = _in_user_namespace()
+        self.delegated = os.environ.get(DELEGATED, "") if self.user_namespace else ""
         self.v1 = v1
         self.v2 = v2
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 
+from wherry.core import places
 from wherry.linux.cgroups import convert
 from wherry.linux.cgroups.layout import Mode, host
 from wherry.linux.dbus import Connection, DBusError
@@ -64,16 +65,20 @@ def slice_path(name: str) -> str:
     return "".join(f"/{'-'.join(levels[: n + 1])}.slice" for n in range(len(levels)))
 
 
-def connect(*, user: bool = False) -> Connection:
-    """The bus of the system or of the user; without one, systemd itself behind its private socket."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
+def connect(*, user: bool = False, timeout: float = 30.0) -> Connection:
+    """The bus of the system or of the user; without one, systemd itself behind its private socket.
+
+    `timeout`: seconds for each answer.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{places.user_id()}")
     address = os.environ.get("DBUS_SESSION_BUS_ADDRESS" if user else "DBUS_SYSTEM_BUS_ADDRESS", "")
     default = f"{runtime}/bus" if user else _SYSTEM_BUS
     path = address.partition("unix:path=")[2].partition(",")[0].partition(";")[0] or default
     try:
-        return Connection(path)
+        return Connection(path, timeout=timeout)
     except (FileNotFoundError, ConnectionRefusedError):
-        return Connection(f"{runtime}/systemd/private" if user else "/run/systemd/private", bus=False)
+        private = f"{runtime}/systemd/private" if user else "/run/systemd/private"
+        return Connection(private, bus=False, timeout=timeout)
 
 
 def manager_cgroup(*, user: bool) -> str:
@@ -145,6 +150,13 @@ class Unit:
             os.waitpid(self._placeholder, 0)
             self._placeholder, self._leash = 0, -1
 
+    def adopt(self, pid: int, description: str, timeout: float, *, delegate: bool = False) -> None:
+        """Make the unit, a scope, around a process that runs, and wait until it is there. DBusError, OSError."""
+        properties: Properties = [("Description", ("s", description)), ("PIDs", ("au", [pid]))]
+        if delegate:
+            properties.append(("Delegate", ("b", True)))
+        self._job("StartTransientUnit", "ssa(sv)a(sa(sv))", self.name, "fail", properties, [], timeout=timeout)
+
     def attach(self, pid: int) -> None:
         """Have systemd move a process into the unit's cgroup. DBusError, TimeoutError."""
         bus = connect(user=self.user)
@@ -177,9 +189,9 @@ class Unit:
         finally:
             bus.close()
 
-    def _job(self, method: str, signature: str, *values: Any) -> None:
+    def _job(self, method: str, signature: str, *values: Any, timeout: float = 30.0) -> None:
         """Call a method that queues a job, and wait for the job's end."""
-        bus = connect(user=self.user)
+        bus = connect(user=self.user, timeout=timeout)
         try:
             bus.subscribe(f"type='signal',interface='{_MANAGER}',member='JobRemoved'")
             bus.call(_NAME, _PATH, _MANAGER, "Subscribe")

@@ -34,24 +34,28 @@ _KILL_ROUNDS = 3
 
 
 class CgroupV2(Cgroup):
-    """One directory; `root` is the mount point above which nothing is made."""
+    """One directory; `root` is the mount point above which nothing is made, `top` the highest one that is ours."""
 
     version = 2
 
-    def __init__(self, directory: str, root: str = "/sys/fs/cgroup") -> None:
+    def __init__(self, directory: str, root: str = "/sys/fs/cgroup", top: str = "") -> None:
         self.paths = {"": directory}
         self._directory = directory
         self._root = root
+        self._top = top or root
         self._fresh = False  # made by us, and without a filter yet
 
     @classmethod
-    def plan(cls, layout: Layout, cgroups_path: str, container_id: str) -> CgroupV2:
+    def plan(cls, layout: Layout, cgroups_path: str, container_id: str, *, exact: bool = False) -> CgroupV2:
         """See `cgroups.plan`."""
         hierarchy = layout.v2
         if hierarchy is None:
             msg = "cgroup v2 is not mounted on this host"
             raise FileNotFoundError(errno.ENOENT, msg)
         path = inner_path(cgroups_path, container_id)
+        if layout.delegated and not exact:
+            top = hierarchy.mountpoint + layout.delegated
+            return cls(posixpath.join(top, path.lstrip("/")), hierarchy.mountpoint, top)
         if path.startswith("/"):
             return cls(hierarchy.mountpoint + path, hierarchy.mountpoint)
         # The caller's cgroup holds the caller, so controllers can't be enabled below it: go beside it, as runc does.
@@ -65,7 +69,7 @@ class CgroupV2(Cgroup):
         if not self._mkdir(self._directory):
             os.makedirs(posixpath.dirname(self._directory), 0o755, exist_ok=True)
             self._mkdir(self._directory)
-        wanted = read(f"{self._root}/cgroup.controllers").split()
+        wanted = read(f"{self._top}/cgroup.controllers").split()
         if not set(wanted) <= set(read(f"{self._directory}/cgroup.controllers").split()):
             self._enable(wanted)
 
@@ -81,15 +85,15 @@ class CgroupV2(Cgroup):
         return True
 
     def _enable(self, controllers: list[str]) -> None:
-        """Enable the controllers from the root down to the parent, as far as the kernel lets us.
+        """Enable the controllers from the top down to the parent, as far as the kernel lets us.
 
         A cgroup between that holds processes refuses domain controllers (EBUSY, or ENOTSUP where threads live): what
         is missing shows when a limit of it is asked for. One refused controller must not cost the others, so on
         failure each is tried alone.
         """
-        inner = posixpath.relpath(self._directory, self._root).split("/")
+        inner = posixpath.relpath(self._directory, self._top).split("/")
         for depth in range(len(inner)):
-            target = posixpath.join(self._root, *inner[:depth], "cgroup.subtree_control")
+            target = posixpath.join(self._top, *inner[:depth], "cgroup.subtree_control")
             enabled = read(target).split()
             missing = [name for name in controllers if name not in enabled]
             if not missing:

@@ -23,9 +23,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "apparmor base-files base-passwd bash busybox-static coreutils criu crun dbus findutils grep gzip iproute2 "
-    "iptables kmod libc-bin libseccomp2 libstdc++6 linux-image-cloud-amd64 mount nftables procps python3 runc sed "
-    "systemd systemd-sysv tar udev uidmap util-linux"
+    "apparmor base-files base-passwd bash busybox-static coreutils criu crun dbus dbus-user-session docker-registry "
+    "e2fsprogs findutils grep gzip iproute2 iptables kmod libc-bin libseccomp2 libstdc++6 linux-image-cloud-amd64 "
+    "mount nftables passt procps python3 runc sed slirp4netns systemd systemd-sysv tar udev uidmap util-linux"
 )
 #: Pulled in by dependencies of scripts that never run here.
 _LEFT_OUT = ("perl", "libperl", "usrmerge", "debconf", "initramfs-tools", "klibc", "libklibc", "adduser", "gcc-12-base")
@@ -43,6 +43,7 @@ _MODULE_FOLDERS = (
     "lib",
     "fs/overlayfs",
     "fs/fuse",
+    "fs/quota",
     "drivers/virtio",
     "drivers/block",
     "net",
@@ -50,6 +51,7 @@ _MODULE_FOLDERS = (
 _MODULE_FILES = (
     "drivers/char/virtio_console.ko",
     "drivers/net/dummy.ko",
+    "drivers/net/tun.ko",
     "drivers/net/veth.ko",
     "drivers/char/hw_random",
 )
@@ -60,9 +62,11 @@ _MASKED = (
     "update.service systemd-journal-catalog-update.service systemd-update-done.service systemd-update- "
     "utmp.service ldconfig.service systemd-firstboot.service systemd-random-seed.service systemd-pstore.service "
     "getty@tty1.service e2scrub_reap.service systemd-journal-flush.service dev-hugepages.mount sys-kernel- "
-    "debug.mount sys-kernel-tracing.mount proc-sys-fs-binfmt_misc.automount serial-getty@ttyS0.service systemd- "
-    "logind.service systemd-user-sessions.service "
+    "debug.mount sys-kernel-tracing.mount proc-sys-fs-binfmt_misc.automount serial-getty@ttyS0.service "
+    "systemd-user-sessions.service "
 )
+#: An ordinary user with granted ids; user@1000.service is started by the tests that want it.
+USER = "barrow"
 _INIT = """#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t devtmpfs dev /dev
@@ -195,8 +199,19 @@ def _users(root: Path) -> None:
     (root / "usr/lib/sysusers.d/dbus.conf").write_text('u messagebus - "System Message Bus"\n')
     (root / "etc/machine-id").write_text("5f0d3c9e8a6b4f1e9d2c7b8a90e1f234\n")
     (root / "etc/hostname").write_text("wherry-vm\n")
-    for name in ("fstab", "subuid", "subgid"):
-        (root / "etc" / name).touch()
+    (root / "etc/fstab").touch()
+    for name in ("subuid", "subgid"):
+        (root / "etc" / name).write_text(f"{USER}:100000:65536\n")
+    for name, line in (("passwd", f"{USER}:x:1000:1000::/home/{USER}:/bin/bash\n"), ("group", f"{USER}:x:1000:\n")):
+        with open(root / "etc" / name, "a") as file:
+            file.write(line)
+    (root / "home" / USER).mkdir(parents=True)
+    os.chown(root / "home" / USER, 1000, 1000)
+    # what pam-auth-update would write, without passwords: a user's manager is started in a session
+    kinds = ("account", "auth", "password", "session")
+    (root / "etc/pam.d/other").write_text("".join(f"{kind} required pam_permit.so\n" for kind in kinds))
+    for kind in ("account", "session-noninteractive"):
+        (root / f"etc/pam.d/common-{kind}").write_text(f"{kind.partition('-')[0]} required pam_permit.so\n")
     # links that come from scripts of packages or from the alternatives
     links = [("bin/python3", f"python{PYTHON}"), ("bin/sh", "bash")]
     links += [(f"sbin/ip{v}tables{what}", f"ip{v}tables-nft{what}") for v in ("", "6") for what in _IPTABLES]
@@ -213,6 +228,8 @@ def _units(root: Path) -> None:
         (system / unit).unlink(missing_ok=True)
         (system / unit).symlink_to("/dev/null")
     (system / "default.target").symlink_to("/lib/systemd/system/multi-user.target")
+    # started by the bus where somebody asks for it
+    (root / "lib/systemd/system/multi-user.target.wants/systemd-logind.service").unlink()
     (system / "wherry-agent.service").write_text(_AGENT_UNIT)
     (system / "multi-user.target.wants").mkdir(exist_ok=True)
     (system / "multi-user.target.wants/wherry-agent.service").symlink_to("../wherry-agent.service")
