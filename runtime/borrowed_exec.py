@@ -22,6 +22,7 @@ import os
 from wherry.core.failpoints import reach
 from wherry.linux import namespaces, process, vfork
 from wherry.linux import syscalls as sc
+from wherry.linux.cgroups.layout import host
 from wherry.runtime import borrowed, execute, init, make
 from wherry.runtime.channel import Channel
 from wherry.runtime.errors import ContainerError
@@ -42,6 +43,8 @@ class _Nobody(Channel):
 
 def serves(plan: Plan) -> bool:
     """Whether a process for this container can be made this way."""
+    if host().user_namespace:
+        return False  # the way back to the host's pid namespace takes rights on the host (setns(2))
     if borrowed.machine() is None or "user" in plan.kinds or "time" in plan.kinds or plan.unit is not None:
         return False
     if plan.rdt or any(plan.process.get(name) for name in ("scheduler", "ioPriority", "execCPUAffinity")):
