@@ -42,9 +42,12 @@ def layer() -> bytes:
 
 
 def write_archive(
-    path: Path, *, name: str = NAME, layers: list[bytes] | None = None, exposed: tuple[str, ...] = ()
+    path: Path, *, name: str = NAME, layers: list[bytes] | None = None, exposed: tuple[str, ...] = (), **settings: Any
 ) -> None:
-    """Write an OCI image layout as a tar with one image named `name`, whose layers are the given tars, gzipped."""
+    """Write an OCI image layout as a tar with one image named `name`, whose layers are the given tars, gzipped.
+
+    `settings` are of the configuration (`Cmd`, `User`, …).
+    """
     blobs: dict[str, bytes] = {}
     tars = [layer()] if layers is None else layers
     described = [
@@ -57,6 +60,7 @@ def write_archive(
             "Env": ["PATH=/bin"],
             "Cmd": ["/bin/sh"],
             **({"ExposedPorts": {port: {} for port in exposed}} if exposed else {}),
+            **settings,
         },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars]},
     }
