@@ -17,7 +17,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -28,6 +28,12 @@ from wherry.cri.records import NAMESPACE, Records
 from wherry.cri.settings import Settings
 from wherry.proto import cri_pb2 as cri
 from wherry.proto.service import Context
+
+if TYPE_CHECKING:
+    from wherry.cri.events import Happenings
+    from wherry.cri.images import Images
+    from wherry.cri.pods import Pods
+    from wherry.cri.status import NodeStatus
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +48,10 @@ class Places:
     def pod(self, id: str) -> str:  # noqa: A002 -- what it is
         """The folder of a pod: `hostname`, `hosts`, `resolv.conf`, `shm`."""
         return os.path.join(self.state, "cri", "pods", id)
+
+    def netns(self, id: str) -> str:  # noqa: A002
+        """The file that keeps a pod's network namespace."""
+        return os.path.join(self.state, "cri", "netns", id)
 
     def member(self, id: str) -> str:  # noqa: A002
         """The folder of a container, for whoever makes containers."""
@@ -74,9 +84,11 @@ class Node:
     # -- the parts
 
     @cached_property
-    def pods(self) -> Any:
-        """Pods: `wherry.cri.pods.Pods`."""
-        return _part("pods", "Pods")(self)
+    def pods(self) -> Pods:
+        """Pods."""
+        from wherry.cri.pods import Pods
+
+        return Pods(self)
 
     @cached_property
     def members(self) -> Any:
@@ -89,19 +101,25 @@ class Node:
         return _part("streaming", "Streaming")(self)
 
     @cached_property
-    def images(self) -> Any:
-        """Images: `wherry.cri.images.Images`."""
-        return _part("images", "Images")(self)
+    def images(self) -> Images:
+        """Images."""
+        from wherry.cri.images import Images
+
+        return Images(self)
 
     @cached_property
-    def events(self) -> Any:
-        """What happens to containers: `wherry.cri.events.Happenings`."""
-        return _part("events", "Happenings")(self)
+    def events(self) -> Happenings:
+        """What happens to pods and containers."""
+        from wherry.cri.events import Happenings
+
+        return Happenings(self)
 
     @cached_property
-    def status(self) -> Any:
-        """The node itself: `wherry.cri.status.NodeStatus`."""
-        return _part("status", "NodeStatus")(self)
+    def status(self) -> NodeStatus:
+        """The node itself."""
+        from wherry.cri.status import NodeStatus
+
+        return NodeStatus(self)
 
     # -- its life
 
@@ -117,6 +135,9 @@ class Node:
 
     async def _start(self) -> None:
         await self.records.load()
+        await self.pods.recover()
+        with contextlib.suppress(Unimplemented):
+            await self.members.recover()
 
     def on_close(self, closer: Callable[[], Any]) -> None:
         """A coroutine function that is to be called when the daemon stops."""
@@ -135,7 +156,7 @@ class Node:
 def _part(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"wherry.cri.{module}"), name)
-    except ModuleNotFoundError:
+    except ImportError:
         raise Unimplemented(f"{module}: not there yet") from None
 
 

@@ -42,6 +42,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
   address = "{folder}/d.sock.ttrpc"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{pause}"
+  restrict_oom_score_adj = true
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
   [plugins."io.containerd.grpc.v1.cri".cni]

@@ -1,0 +1,161 @@
+"""How a pod comes to be: everything that RunPodSandbox makes, as much of it at once as can be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from wherry.core import typeurl
+from wherry.core.errors import AlreadyExists, NotFound
+from wherry.cri import netns, pod_files, pod_spec
+from wherry.cri.handlers import Chosen
+from wherry.cri.pod_network import PodNetwork
+from wherry.cri.records import KIND, READY, Pod
+from wherry.cri.sandboxes import Sandboxes, Started
+from wherry.proto import cri_pb2 as cri
+from wherry.proto import types_pb2
+
+if TYPE_CHECKING:
+    from wherry.cri.node import Node
+
+# labels of the sandbox's record, of more than this many characters with their keys they are left out
+_LABEL_LIMIT = 4096
+
+
+class Making:
+    """Makes pods; what is to be undone is its caller's."""
+
+    def __init__(self, node: Node, network: PodNetwork, sandboxes: Sandboxes) -> None:
+        self._node = node
+        self._network = network
+        self._sandboxes = sandboxes
+
+    async def make(self, pod: Pod, chosen: Chosen) -> None:
+        """All of it; the pod is ready then. Raises what went wrong."""
+        config, facts = pod.config, pod.facts
+        on_host = pod_spec.on_host(config)
+        maps = facts.uid_map, facts.gid_map
+        if not on_host:
+            # before anything is made: where there is no network there is no pod
+            facts.more["networks"] = [network.name for network in self._network.networks(facts.handler)]
+            if not maps[0]:
+                facts.netns = self._node.places.netns(pod.id)
+        spec = pod_spec.namespaces_only(config, self._node.settings, facts.netns, maps)
+        folder = self._node.places.pod(pod.id)
+        rootfs: Sequence[types_pb2.Mount] = ()
+        sandbox = types_pb2.Sandbox(labels=_labels(pod))
+        sandbox.runtime.name = chosen.runtime
+        if chosen.options is not None:
+            sandbox.runtime.options.CopyFrom(chosen.options)
+        if self._node.settings.pause_image:
+            spec = await self._pause_spec(pod, spec, folder)
+        sandbox.spec.CopyFrom(typeurl.pack_json(typeurl.SPEC, spec))
+        if facts.netns:
+            await _both(self._node.records.add_pod(pod, sandbox), netns.make(facts.netns))
+        else:
+            await self._node.records.add_pod(pod, sandbox)
+        pod_files.make(folder, config, _owner(maps))
+        if facts.image:
+            rootfs = await self._rootfs(pod)
+        running = self._run(pod, rootfs)
+        if on_host:
+            await running
+        elif maps[0]:
+            await running
+            facts.netns = facts.namespaces["network"]
+            await self._network.add(pod)
+        elif pod_spec.waits_for_network(config.linux.sysctls):
+            running.close()
+            await self._network.add(pod)
+            await self._run(pod, rootfs)
+        else:
+            await _both(running, self._network.add(pod))
+        facts.state = READY
+        await self._node.records.put_pod(pod)
+
+    async def _run(self, pod: Pod, rootfs: Sequence[types_pb2.Mount]) -> None:
+        started: Started = await self._sandboxes.run(pod.id, rootfs, dict(pod.config.annotations), pod.facts.netns)
+        pod.facts.pid = started.pid
+        pod.facts.namespaces = dict(started.namespaces)
+
+    # -- with a pause image
+
+    async def _pause_spec(self, pod: Pod, spec: dict[str, Any], folder: str) -> dict[str, Any]:
+        """The specification with the image's process; the image is pulled where it isn't there."""
+        image = await self._node.images.ensure(self._node.settings.pause_image)
+        pod.facts.image = image.id
+        pod.facts.more["chain"] = await self._node.images.unpacked(image, pod.facts.snapshotter)
+        host_ipc = pod.config.linux.security_context.namespace_options.ipc == cri.NODE
+        return pod_spec.with_pause(
+            spec,
+            pod.config,
+            identity=pod.id,
+            image=image.picture.settings,
+            shm="/dev/shm" if host_ipc else f"{folder}/shm",
+            resolv_conf=f"{folder}/resolv.conf",
+            cgroups_path=cgroups_path(pod.facts.cgroup, pod.id),
+        )
+
+    async def _rootfs(self, pod: Pod) -> list[types_pb2.Mount]:
+        snapshots = self._node.client.snapshots(pod.facts.snapshotter)
+        pod.facts.snapshot = pod.id
+        labels = _snapshot_labels(pod)
+        with contextlib.suppress(AlreadyExists):
+            mounts = await snapshots.prepare(pod.id, str(pod.facts.more["chain"]), labels)
+            return [mount.message() for mount in mounts]
+        return [mount.message() for mount in await snapshots.mounts(pod.id)]
+
+    async def remove_snapshot(self, pod: Pod) -> None:
+        """Remove what the pause container's files were in; fine where there is nothing."""
+        if pod.facts.image:
+            with contextlib.suppress(NotFound):
+                await self._node.client.snapshots(pod.facts.snapshotter).remove(pod.id)
+
+
+def cgroups_path(parent: str, identity: str) -> str:
+    """Where a pod's container goes below the pod's cgroup: as a path, or for systemd as SLICE:PREFIX:NAME."""
+    name = parent.rsplit("/", 1)[-1]
+    if name.endswith(".slice"):
+        return f"{name}:cri-containerd:{identity}"
+    return f"{parent.rstrip('/') or '/k8s.io'}/{identity}"
+
+
+def _owner(maps: tuple[list[list[int]], list[list[int]]]) -> tuple[int, int]:
+    """The host's numbers of a pod's root."""
+    if not maps[0]:
+        return 0, 0
+    return (
+        next((host for inside, host, _ in maps[0] if inside == 0), 0),
+        next((host for inside, host, _ in maps[1] if inside == 0), 0),
+    )
+
+
+def _labels(pod: Pod) -> dict[str, str]:
+    """The pod's own labels, for whoever looks at records, and the one that says what it is."""
+    own = {key: value for key, value in pod.config.labels.items() if value and len(key) + len(value) <= _LABEL_LIMIT}
+    return {**own, KIND: "sandbox"}
+
+
+def _snapshot_labels(pod: Pod) -> dict[str, str]:
+    if not pod.facts.uid_map:
+        return {}
+    # how containerd asks a snapshotter for files of other owners
+    uid, gid = pod.facts.uid_map[0], pod.facts.gid_map[0]
+    return {
+        "containerd.io/snapshot/uidmapping": ":".join(map(str, uid)),
+        "containerd.io/snapshot/gidmapping": ":".join(map(str, gid)),
+    }
+
+
+async def _both(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]) -> None:
+    """Do both at once; where one fails, the other is ended, too, before this raises."""
+    tasks = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
