@@ -39,7 +39,7 @@ class Making:
         maps = facts.uid_map, facts.gid_map
         if not on_host:
             # before anything is made: where there is no network there is no pod
-            facts.more["networks"] = [network.name for network in self._network.networks(facts.handler)]
+            facts.more["networks"] = [network.name for network in self._network.usable(facts.handler)]
             if not maps[0]:
                 facts.netns = self._node.places.netns(pod.id)
         spec = pod_spec.namespaces_only(config, self._node.settings, facts.netns, maps)

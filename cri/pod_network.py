@@ -67,12 +67,18 @@ class PodNetwork:
             raise Unavailable(f"cni plugin not initialized: {why}")
         return found[:most] if most else found
 
+    def usable(self, handler: str = "") -> list[NetworkList]:
+        """The same, whose plugins are all there. Raises NotFound for one that isn't: better than half-way."""
+        found = self.networks(handler)
+        for network in found:
+            for plugin in network.plugins:
+                find(str(plugin["type"]), self._settings.cni_bin_dirs)
+        return found
+
     async def ready(self, handler: str = "") -> None:
         """Whether pods can be attached: raises what is missing, a configuration, a plugin, or what a plugin says."""
         cni, _ = self._cni(handler)
-        for network in self.networks(handler):
-            for plugin in network.plugins:
-                find(str(plugin["type"]), self._settings.cni_bin_dirs)
+        for network in self.usable(handler):
             await cni.status(network)
 
     async def add(self, pod: Pod) -> None:
