@@ -195,6 +195,29 @@ class Tasks:
             return None
         return Ending(answer.pid, answer.exit_status, seconds(answer.exited_at), answer.reason)
 
+    async def attach(self, container: str, stdio: Stdio, exec_id: str = "") -> None:
+        """Has a process's output copied, from now on, to the FIFOs `stdout` and `stderr`, which somebody must read.
+
+        For processes with a log in Kubernetes' format, which goes on as ever; wherryd alone knows this call. Raises
+        NotFound, FailedPrecondition, Unimplemented.
+        """
+        from wherry.proto import wherry_tasks_pb2 as streams_pb
+
+        request = streams_pb.AttachRequest(
+            container_id=container, exec_id=exec_id, stdout=stdio.stdout, stderr=stdio.stderr
+        )
+        await self._calls.unary(f"{_EXPLAIN}/Attach", request, Empty)
+
+    async def reopen_log(self, container: str, exec_id: str = "") -> None:
+        """Lets a log in Kubernetes' format go on in the file that has its path now: the old one was renamed.
+
+        wherryd alone knows this call. Raises NotFound, FailedPrecondition, Unimplemented.
+        """
+        from wherry.proto import wherry_tasks_pb2 as streams_pb
+
+        request = streams_pb.ReopenLogRequest(container_id=container, exec_id=exec_id)
+        await self._calls.unary(f"{_EXPLAIN}/ReopenLog", request, Empty)
+
     async def start(self, container: str, exec_id: str = "") -> int:
         """Starts what was created and returns its pid; raises the runtime's error."""
         request = pb.StartRequest(container_id=container, exec_id=exec_id)

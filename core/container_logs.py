@@ -2,6 +2,14 @@
 
     json-file:///var/log/wherry/NAMESPACE/ID?max-size=10m&max-file=5
 
+    json-file-fifo:///var/log/wherry/NAMESPACE/ID?max-size=10m&fifo=/run/wherry/fifo/0123/ID-stdout
+
+    cri-log:///var/log/pods/NAMESPACE_POD_UID/CONTAINER/0.log?max-line=16384
+
+The last one is a file in Kubernetes' format, which its kubelet names, reads, rotates and removes; without a path
+nothing is kept. The second one is for a container that somebody follows: its output goes to the log, and to them by a
+FIFO. (A scheme of its own, so that a shim that doesn't know it says so.)
+
 The path is a folder. In it `json.log` is written to, `json.log.1` is the one before, and so on; `name` holds what
 people call the container, for those who look while no daemon runs.
 """
@@ -17,6 +25,9 @@ from wherry.core.errors import InvalidArgument
 from wherry.core.places import log_folder
 
 SCHEME: Final = "json-file"
+CRI: Final = "cri-log"
+FOLLOWED: Final = "json-file-fifo"
+_FIFO: Final = "fifo="
 # a folder that doesn't depend on the daemon's, so that logs are found without one
 FOLDER: Final = log_folder()
 CURRENT: Final = "json.log"
@@ -29,6 +40,8 @@ MAX_FILES: Final = 5
 # a file must hold the longest record (16 KiB of output, escaped) a few times over
 LEAST_SIZE: Final = 4 << 10
 MOST_FILES: Final = 1000
+# bytes of a line in Kubernetes' format, above which it is written in parts (containerd's max_container_log_line_size)
+MAX_LINE: Final = 16 << 10
 _UNITS: Final = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -37,6 +50,12 @@ def uri_of(namespace: str, container_id: str, options: Mapping[str, str]) -> str
     check(options)
     query = "&".join(f"{key}={value}" for key, value in options.items())
     return f"{SCHEME}://{FOLDER}/{namespace}/{container_id}{'?' if query else ''}{query}"
+
+
+def cri_uri(path: str, max_line: int = MAX_LINE) -> str:
+    """The URI of a container's log in Kubernetes' format; both streams go there. `max_line` 0 or less: no limit."""
+    quoted = path.replace("%", "%25").replace("?", "%3F")
+    return f"{CRI}://{quoted}?max-line={max_line}"
 
 
 def check(options: Mapping[str, str]) -> None:
@@ -50,7 +69,24 @@ def check(options: Mapping[str, str]) -> None:
 def folder_of(uri: str) -> str:
     """The folder that a log's URI names, "" where it is no log of ours."""
     scheme, _, rest = uri.partition("://")
-    return rest.partition("?")[0] if scheme == SCHEME else ""
+    return rest.partition("?")[0] if scheme in {SCHEME, FOLLOWED} else ""
+
+
+def followed(uri: str, fifo: str) -> str:
+    """The URI of a log of ours whose output goes to a FIFO, too; "" for a stream that nobody follows (`fifo` "")."""
+    if not fifo:
+        return ""
+    rest = uri.removeprefix(SCHEME)
+    return f"{FOLLOWED}{rest}{'&' if '?' in rest else '?'}{_FIFO}{fifo}"
+
+
+def fifo_of(stream: str) -> str:
+    """The FIFO of a stream: its path, that which a log of ours names beside it, or "" for other URIs."""
+    if stream.startswith(FOLLOWED + "://"):
+        return next(
+            (item.removeprefix(_FIFO) for item in stream.partition("?")[2].split("&") if item.startswith(_FIFO)), ""
+        )
+    return "" if "://" in stream and not stream.startswith("fifo://") else stream.removeprefix("fifo://")
 
 
 def path_of(uri: str) -> str:
@@ -62,8 +98,10 @@ def path_of(uri: str) -> str:
 
 
 def plain_of(uri: str) -> str:
-    """Where a shim that isn't ours is to write instead: a file of plain text in the same folder; other URIs as they
-    are."""
+    """Where a shim that isn't ours is to write instead: a file of plain text in the same folder, or the FIFO of who
+    follows; other URIs as they are."""
+    if uri.startswith(FOLLOWED + "://"):
+        return fifo_of(uri)
     folder = folder_of(uri)
     return f"file://{folder}/{PLAIN}" if folder else uri
 

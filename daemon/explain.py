@@ -1,8 +1,12 @@
-"""`wherry.tasks.v1.Tasks`: how a process ended, in words. A shim of ours keeps them in the bundle beside the exit."""
+"""`wherry.tasks.v1.Tasks`: how a process ended, in words, and what goes on with its output.
+
+A shim of ours keeps the words in the bundle beside the exit.
+"""
 
 from __future__ import annotations
 
 import structlog
+from google.protobuf.empty_pb2 import Empty
 
 from wherry.core import topics
 from wherry.daemon.bundle import Bundle, NotedExit
@@ -12,7 +16,8 @@ from wherry.daemon.link import Limits
 from wherry.daemon.namespaces import require_namespace
 from wherry.daemon.shims import Shims
 from wherry.daemon.starting import SIGKILLED
-from wherry.proto import events_pb2
+from wherry.proto import events_pb2, task_v2_pb2
+from wherry.proto import wherry_shim_pb2 as _shim  # noqa: F401  # declares the service
 from wherry.proto import wherry_tasks_pb2 as pb
 from wherry.proto.service import Context
 from wherry.proto.task_types_pb2 import STOPPED
@@ -20,9 +25,11 @@ from wherry.proto.types_pb2 import Envelope
 
 log = structlog.get_logger(__name__)
 
+_STREAMS = "wherry.shim.v1.Streams"
+
 
 class ExplainService:
-    """Reads what shims kept; logs it where a process was killed for lack of memory."""
+    """Reads what shims kept; logs it where a process was killed for lack of memory. Asks shims about streams."""
 
     SERVICE = "wherry.tasks.v1.Tasks"
 
@@ -51,6 +58,20 @@ class ExplainService:
             exited_at=timestamp(kept.exited_at_ns),
             reason=kept.reason,
         )
+
+    async def attach(self, request: pb.AttachRequest, context: Context) -> Empty:
+        """Copy a process's output to FIFOs, too."""
+        shim = await self._shims.get(require_namespace(context), request.container_id)
+        asked = task_v2_pb2.ExecProcessRequest(
+            id=request.container_id, exec_id=request.exec_id, stdout=request.stdout, stderr=request.stderr
+        )
+        return await shim.call("Attach", asked, Empty, service=_STREAMS)
+
+    async def reopen_log(self, request: pb.ReopenLogRequest, context: Context) -> Empty:
+        """Let a log go on in the file that has its path now."""
+        shim = await self._shims.get(require_namespace(context), request.container_id)
+        asked = task_v2_pb2.StateRequest(id=request.container_id, exec_id=request.exec_id)
+        return await shim.call("ReopenLog", asked, Empty, service=_STREAMS)
 
     def _saw_exit(self, envelope: Envelope) -> None:
         event = events_pb2.TaskExit.FromString(envelope.event.value)

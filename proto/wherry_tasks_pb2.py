@@ -22,20 +22,25 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fwherry/proto/wherry_tasks.proto\x12\x0fwherry.tasks.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"L\n\x0e\x45xplainRequest\x12!\n\x0c\x63ontainer_id\x18\x01 \x01(\tR\x0b\x63ontainerId\x12\x17\n\x07\x65xec_id\x18\x02 \x01(\tR\x06\x65xecId\"\xad\x01\n\x0f\x45xplainResponse\x12\x16\n\x06\x65xited\x18\x01 \x01(\x08R\x06\x65xited\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\x1f\n\x0b\x65xit_status\x18\x03 \x01(\rR\nexitStatus\x12\x37\n\texited_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x65xitedAt\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason2U\n\x05Tasks\x12L\n\x07\x45xplain\x12\x1f.wherry.tasks.v1.ExplainRequest\x1a .wherry.tasks.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fwherry/proto/wherry_tasks.proto\x12\x0fwherry.tasks.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"{\n\rAttachRequest\x12!\n\x0c\x63ontainer_id\x18\x01 \x01(\tR\x0b\x63ontainerId\x12\x17\n\x07\x65xec_id\x18\x02 \x01(\tR\x06\x65xecId\x12\x16\n\x06stdout\x18\x03 \x01(\tR\x06stdout\x12\x16\n\x06stderr\x18\x04 \x01(\tR\x06stderr\"N\n\x10ReopenLogRequest\x12!\n\x0c\x63ontainer_id\x18\x01 \x01(\tR\x0b\x63ontainerId\x12\x17\n\x07\x65xec_id\x18\x02 \x01(\tR\x06\x65xecId\"L\n\x0e\x45xplainRequest\x12!\n\x0c\x63ontainer_id\x18\x01 \x01(\tR\x0b\x63ontainerId\x12\x17\n\x07\x65xec_id\x18\x02 \x01(\tR\x06\x65xecId\"\xad\x01\n\x0f\x45xplainResponse\x12\x16\n\x06\x65xited\x18\x01 \x01(\x08R\x06\x65xited\x12\x10\n\x03pid\x18\x02 \x01(\rR\x03pid\x12\x1f\n\x0b\x65xit_status\x18\x03 \x01(\rR\nexitStatus\x12\x37\n\texited_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x65xitedAt\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason2\xdf\x01\n\x05Tasks\x12L\n\x07\x45xplain\x12\x1f.wherry.tasks.v1.ExplainRequest\x1a .wherry.tasks.v1.ExplainResponse\x12@\n\x06\x41ttach\x12\x1e.wherry.tasks.v1.AttachRequest\x1a\x16.google.protobuf.Empty\x12\x46\n\tReopenLog\x12!.wherry.tasks.v1.ReopenLogRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wherry.proto.wherry_tasks_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXPLAINREQUEST']._serialized_start=85
-  _globals['_EXPLAINREQUEST']._serialized_end=161
-  _globals['_EXPLAINRESPONSE']._serialized_start=164
-  _globals['_EXPLAINRESPONSE']._serialized_end=337
-  _globals['_TASKS']._serialized_start=339
-  _globals['_TASKS']._serialized_end=424
+  _globals['_ATTACHREQUEST']._serialized_start=114
+  _globals['_ATTACHREQUEST']._serialized_end=237
+  _globals['_REOPENLOGREQUEST']._serialized_start=239
+  _globals['_REOPENLOGREQUEST']._serialized_end=317
+  _globals['_EXPLAINREQUEST']._serialized_start=319
+  _globals['_EXPLAINREQUEST']._serialized_end=395
+  _globals['_EXPLAINRESPONSE']._serialized_start=398
+  _globals['_EXPLAINRESPONSE']._serialized_end=571
+  _globals['_TASKS']._serialized_start=574
+  _globals['_TASKS']._serialized_end=797
 # @@protoc_insertion_point(module_scope)

@@ -141,16 +141,27 @@ def _quoted(line: bytes) -> str:
 class LogCopy:
     """Moves what comes from a pipe or a terminal into a log, until the end; then calls `finished` once.
 
-    Has what `Copy` has; owns neither the descriptor nor the log.
+    Has what `Copy` has; owns neither the descriptors nor the log.
     """
 
     def __init__(
-        self, loop: Loop, source: int, sink: LogFile, stream: str, finished: Callable[[], None], *, prompt: bool
+        self,
+        loop: Loop,
+        source: int,
+        log_file: LogFile,
+        stream: str,
+        finished: Callable[[], None],
+        *,
+        prompt: bool,
+        sink: int = -1,
     ) -> None:
-        """`prompt`: a part of a line doesn't wait for the rest of it."""
+        """`prompt`: a part of a line doesn't wait for the rest of it. `sink`: a FIFO that gets it all, too; one that
+        takes nothing stops the copy, and so the writer."""
         self._loop = loop
         self._source = source
+        self._log = log_file
         self._sink = sink
+        self._rest = b""
         self._stream = stream
         self._finished: Callable[[], None] | None = finished
         self._prompt = prompt
@@ -175,11 +186,13 @@ class LogCopy:
         if self._finished is not None:
             self._finished = None
             self._loop.on_read(self._source, None)
+            if self._rest:
+                self._loop.on_write(self._sink, None)
         self._flush_part()
 
     def _move(self) -> None:
         for _ in range(_CHUNKS_PER_TURN):
-            if self.done:
+            if self.done or self._rest:
                 return
             try:
                 data = os.read(self._source, _CHUNK)
@@ -197,6 +210,28 @@ class LogCopy:
                 return
             self.moved += len(data)
             self._take(data)
+            if self._sink >= 0:
+                self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        """Give it to who follows; what doesn't fit is kept, and nothing more is read meanwhile."""
+        try:
+            written = os.write(self._sink, data)
+        except BlockingIOError:
+            written = 0
+        except OSError:  # nobody reads there any more: the log goes on
+            self._sink, written = -1, len(data)
+        before, self._rest = self._rest, data[written:]
+        if self._rest and not before:
+            self._loop.on_read(self._source, None)
+            self._loop.on_write(self._sink, self._make_room)
+
+    def _make_room(self) -> None:
+        sink = self._sink
+        self._pass_on(self._rest)
+        if not self._rest:
+            self._loop.on_write(sink, None)
+            self._loop.on_read(self._source, self._move)
 
     def _take(self, data: bytes) -> None:
         lines = (self._part + data).split(b"\n")
@@ -212,7 +247,7 @@ class LogCopy:
             records.append(self._part)
             self._part = b""
         if records:
-            self._sink.add(self._stream, records)
+            self._log.add(self._stream, records)
         if self._part and self._timer is None:
             self._timer = self._loop.later(PATIENCE, self._flush_part)
         elif not self._part and self._timer is not None:
@@ -225,7 +260,7 @@ class LogCopy:
             self._timer = None
         part, self._part = self._part, b""
         if part:
-            self._sink.add(self._stream, [part])
+            self._log.add(self._stream, [part])
 
 
 def _cut(data: bytes) -> bytes:

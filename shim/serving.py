@@ -23,6 +23,7 @@ from wherry.shim.oci_runtime import BUNDLED_ROOT
 from wherry.shim.process import Shim
 from wherry.shim.sandbox import SandboxService
 from wherry.shim.server import Server
+from wherry.shim.streams import StreamService
 from wherry.shim.task import TaskService
 from wherry.shim.template import Template
 
@@ -104,7 +105,8 @@ class Life:
         self.shim = Shim(self.loop, self.children, self.publisher)
         self.service = TaskService(self.shim, self._shut_down)
         self.sandbox = SandboxService(self.shim, self.service, self._shut_down)
-        services = {**self.service.services(), **self.sandbox.services()}
+        streams = StreamService(self.service)
+        services = {**self.service.services(), **self.sandbox.services(), **streams.services()}
         self.server = Server(self.loop, services, self.publisher.retry_now, self._answered)
         self.template: Template | None = None
         self._resting = False

@@ -1,13 +1,15 @@
 """A process's standard streams: what the client named, and what the process gets.
 
-The client names FIFOs, `file:///path` (appended to), `binary:///path?key=value` (a logging program) or
-`json-file:///folder` (our own log, `logfile.py`); nothing means /dev/null. The process never gets these themselves, it
+The client names FIFOs, `file:///path` (appended to), `binary:///path?key=value` (a logging program),
+`json-file:///folder` (our own log, `logfile.py`; `json-file-fifo://` copies to the FIFO of who follows, too) or
+`cri-log:///path` (Kubernetes' log, `crilog.py`); nothing means /dev/null. The process never gets these themselves, it
 gets pipes or a terminal, and the shim copies. A FIFO handed in directly would save the copy (a splice moves pages, it
 costs almost nothing) but leak the host's path and inode into the container (`/proc/self/fd/1`, fchmod), and the client
 could no longer be told "that was all" while a process that was left behind in the container holds the stream open.
 
 FIFOs are opened for reading and writing: that never blocks, nobody gets SIGPIPE or EPIPE while a client is away, and
-what was written waits for the next client that opens it.
+what was written waits for the next client that opens it. Where there is a log, too, that one is enough: the FIFO is
+given up when its reader goes.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ import termios
 from typing import TYPE_CHECKING, Final
 
 from wherry.core import errors
+from wherry.core.container_logs import CRI, FOLLOWED, fifo_of, limits
 from wherry.core.container_logs import SCHEME as JSON_FILE
-from wherry.core.container_logs import limits
 from wherry.shim.copying import Copy
+from wherry.shim.crilog import CriCopy, CriLog
 from wherry.shim.logfile import LogCopy, LogFile
 from wherry.shim.loop import DEFAULT_SIGNALS
 
@@ -112,8 +115,8 @@ class ProcessIO:
         self._stdio = stdio
         self._owner = owner
         self._open: list[int] = []
-        self._copies: list[Copy | LogCopy] = []
-        self._log: LogFile | None = None
+        self._copies: list[Copy | LogCopy | CriCopy] = []
+        self._log: LogFile | CriLog | None = None
         self._outputs = 0
         self._stdin_hold = -1
         self._sinks: tuple[_Sink, _Sink] = (_NOWHERE, _NOWHERE)
@@ -160,9 +163,14 @@ class ProcessIO:
             os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
             sink = self._keep(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
             self._sinks = (_Sink(sink), _Sink(sink))
-        elif scheme == JSON_FILE:
+        elif scheme in (JSON_FILE, FOLLOWED):
             options = dict(pair.partition("=")[::2] for pair in query.split("&") if pair)
             self._log = LogFile(path, *limits(options), _unquote(options.get("name", "")))
+            if scheme == FOLLOWED:
+                self._sinks = (self._open_follower(stdio.stdout), self._open_follower(stdio.stderr))
+        elif scheme == CRI:
+            limit = dict(pair.partition("=")[::2] for pair in query.split("&") if pair).get("max-line", "0")
+            self._log = CriLog(path, int(limit) if limit.isascii() and limit.isdigit() else 0)
         elif scheme == "fifo":
             self._sinks = (self._open_sink(stdio.stdout), self._open_sink(stdio.stderr))
         else:
@@ -175,6 +183,14 @@ class ProcessIO:
         if stat.S_ISFIFO(os.stat(path).st_mode):
             return _Sink(self._keep(os.open(path, os.O_RDWR | _NONBLOCK)), path)
         return _Sink(self._keep(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)))
+
+    def _open_follower(self, uri: str) -> _Sink:
+        """The FIFO of who reads now; nobody there is fine."""
+        path = fifo_of(uri)
+        try:
+            return _Sink(self._keep(os.open(path, os.O_WRONLY | _NONBLOCK)), path) if path else _NOWHERE
+        except OSError:
+            return _NOWHERE
 
     def _child_stdin(self) -> int:
         path = self._stdio.stdin.removeprefix("fifo://")
@@ -227,9 +243,11 @@ class ProcessIO:
 
         if self._log is None:
             self._copies.append(Copy(self._loop, source, sink.fd, finished))
+        elif isinstance(self._log, CriLog):
+            self._copies.append(CriCopy(self._loop, source, self._log, stream, finished))
         else:
             prompt = self.console is not None
-            self._copies.append(LogCopy(self._loop, source, self._log, stream, finished, prompt=prompt))
+            self._copies.append(LogCopy(self._loop, source, self._log, stream, finished, prompt=prompt, sink=sink.fd))
 
     def _sink_ended(self, sink: _Sink) -> None:
         """Let the client see the end; keep what it hasn't read yet, should it only come later."""
@@ -304,6 +322,26 @@ class ProcessIO:
         if self._stdin_hold >= 0:
             self._close(self._stdin_hold)
             self._stdin_hold = -1
+
+    def reopen_log(self) -> None:
+        """Go on in the file that now has the log's path. Raises FailedPrecondition."""
+        if not isinstance(self._log, CriLog):
+            raise errors.FailedPrecondition(f"the process of {self._owner.id} has no log of that kind")
+        self._log.reopen()
+
+    def attach(self, stdout: str, stderr: str) -> None:
+        """Copy what comes from now on to FIFOs that somebody reads, "" for none. Raises FailedPrecondition."""
+        if not isinstance(self._log, CriLog):
+            raise errors.FailedPrecondition(f"the output of {self._owner.id} goes to nobody who could be joined")
+        for copy in [each for each in self._copies if isinstance(each, CriCopy)]:
+            path = stderr if copy.stream == "stderr" else stdout
+            if not path:
+                continue
+            try:
+                fd = os.open(path, os.O_WRONLY | _NONBLOCK)
+            except OSError as error:
+                raise errors.FailedPrecondition(f"attaching to {path}: {error.strerror}") from error
+            copy.follow(fd)
 
     def resize(self, width: int, height: int) -> None:
         """Set the terminal's size, in characters; nothing without a terminal."""

@@ -22,7 +22,7 @@ from wherry.shim.states import Operation, State
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from wherry.shim.process import Shim
+    from wherry.shim.process import Process, Shim
 
 SERVICES: Final = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 
@@ -72,6 +72,10 @@ class TaskService:
         if container is None:
             raise errors.NotFound("container not created: not found")
         return container
+
+    def process(self, container_id: str, exec_id: str) -> Process:
+        """A process of one of the containers. Raises NotFound."""
+        return self._container(container_id).process(exec_id)
 
     def _publish(self, event: Message) -> None:
         self._shim.publisher.publish(event)

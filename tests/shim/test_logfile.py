@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -292,3 +293,36 @@ def test_options(options: dict[str, str], expected: tuple[int, int] | None) -> N
         uri = container_logs.uri_of("default", "c", options)
         assert container_logs.folder_of(uri) == "/var/log/wherry/default/c"
         assert container_logs.limits(options) == expected
+
+
+def test_who_follows_gets_it_all_and_a_slow_one_makes_the_writer_wait(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    sink = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    pipe = Pipe(tmp_path / "log")
+    pipe.copy.stop()
+    pipe.copy = LogCopy(pipe.loop, pipe.read, pipe.log, "stdout", pipe._end, prompt=False, sink=sink)
+    written = [b"%063d\n" % number for number in range(4096)]
+
+    def write() -> None:
+        for line in written:
+            os.write(pipe.write, line)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    pipe.turn(0.3)
+    assert thread.is_alive()  # the FIFO and the pipe are full
+    got = b""
+    while len(got) < sum(map(len, written)):
+        pipe.turn(0.01)
+        with contextlib.suppress(BlockingIOError):
+            got += os.read(reader, 1 << 20)
+    thread.join()
+    os.close(reader)
+    # nobody is there any more: the log goes on
+    pipe.say(b"alone\n")
+    pipe.finish()
+    os.close(sink)
+    assert got == b"".join(written)
+    assert [item["log"].encode() for item in records(tmp_path / "log")] == [*written, b"alone\n"]
