@@ -12,6 +12,7 @@ from bench import library, measure, pulls
 from bench import starts as starts_
 from bench.api import Failed
 from bench.cli import figures
+from bench.cri import pods_by_turns
 from bench.daemons import Daemon, Lab
 
 # kB of PSS, with 50 containers sleeping
@@ -147,6 +148,15 @@ def runtime(lab: Lab) -> list[Row]:
     ]
 
 
+def cri(lab: Lab) -> list[Row]:
+    """A pod with one container as a kubelet asks for it, until it runs."""
+    found = pods_by_turns(lab)
+    return [
+        Row("pod with one container over the CRI, host network", "ms", *found["host"], 0.6),
+        Row("pod with one container over the CRI, CNI bridge", "ms", *found["cni"], 0.6),
+    ]
+
+
 def main() -> int:
     """Measure, print; with --check exit 1 where a limit is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -166,6 +176,8 @@ def main() -> int:
         if options.only in (None, "cli"):
             # the second figure is podman's
             rows += [Row(what, "ms", ours, theirs, limit) for what, ours, theirs, limit in figures(wherry, lab.image)]
+        if options.only in (None, "cri"):
+            rows += cri(lab)
         if options.only in (None, "images"):
             rows += images(lab)
         if options.only in (None, "runtime"):

@@ -33,11 +33,12 @@ def program(name: str) -> str:
 
 
 class Daemon:
-    """A daemon in its own folders. `kind` is "wherry" or "containerd"; `ctr` drives both."""
+    """A daemon in its own folders. `kind` is "wherry" or "containerd"; `ctr` drives both. `config` is more TOML."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, *, name: str = "", config: str = "") -> None:
         self.kind = kind
-        self.folder = folder / kind
+        self.config = config
+        self.folder = folder / (name or kind)
         self.folder.mkdir()
         # as on a real host: what must not outlive a boot is on a tmpfs (/run), the rest on the disk
         (self.folder / "state").mkdir(mode=0o711)
@@ -48,9 +49,9 @@ class Daemon:
     def start(self) -> float:
         """Start it; returns the seconds until it answered its first call."""
         arguments = ["--address", self.address, "--root", f"{self.folder}/root", "--state", f"{self.folder}/state"]
-        if self.kind == "containerd":
+        if self.kind == "containerd" or self.config:
             config = self.folder / "config.toml"
-            config.write_text(f'version = 2\n[ttrpc]\n  address = "{self.address}.ttrpc"\n')
+            config.write_text(f'version = 2\n[ttrpc]\n  address = "{self.address}.ttrpc"\n{self.config}')
             arguments = ["--config", str(config), *arguments]
         command = [program("containerd" if self.kind == "containerd" else "wherryd"), *arguments]
         begun = time.monotonic()
@@ -102,11 +103,12 @@ class Daemon:
 
     def _forget_in_runc(self) -> None:
         """Remove runc's records of containers whose shims were killed: they lie outside of this daemon's folder."""
-        root = "/run/containerd/runc/default"
-        listed = subprocess.run([program("runc"), "--root", root, "list", "-f", "json"], capture_output=True, text=True)
-        for entry in json.loads(listed.stdout or "null") or []:
-            if entry["bundle"].startswith(f"{self.folder}/"):
-                subprocess.run([program("runc"), "--root", root, "delete", "-f", entry["id"]], capture_output=True)
+        for root in ("/run/containerd/runc/default", "/run/containerd/runc/k8s.io"):
+            runc = [program("runc"), "--root", root]
+            listed = subprocess.run([*runc, "list", "-f", "json"], capture_output=True, text=True)
+            for entry in json.loads(listed.stdout or "null") or []:
+                if entry["bundle"].startswith(f"{self.folder}/"):
+                    subprocess.run([*runc, "delete", "-f", entry["id"]], capture_output=True)
 
     def leftovers(self) -> list[int]:
         """Processes that name this daemon's folder in their command line: shims that are left."""
@@ -152,15 +154,21 @@ class Lab:
             time.sleep(0.05)
         self.image = f"127.0.0.1:{port}/library/busybox:latest"
         layout = self.folder / "layout"
-        _busybox_layout(layout)
-        command = [program("skopeo"), "copy", "-q", "--dest-tls-verify=false", f"oci:{layout}:latest"]
-        subprocess.run([*command, f"docker://{self.image}"], check=True)
+        busybox_layout(layout, ["sh"])
+        self.publish(layout, "busybox")
         for kind in ("wherry", "containerd"):
             self.add(kind)
 
-    def add(self, kind: str) -> Daemon:
+    def publish(self, layout: Path, name: str) -> str:
+        """Have the image of a layout in the registry; its reference."""
+        reference = f"{self.image.partition('/')[0]}/library/{name}:latest"
+        command = [program("skopeo"), "copy", "-q", "--dest-tls-verify=false", f"oci:{layout}:latest"]
+        subprocess.run([*command, f"docker://{reference}"], check=True)
+        return reference
+
+    def add(self, kind: str, *, name: str = "", config: str = "") -> Daemon:
         """A running daemon that has the image."""
-        daemon = Daemon(kind, self.folder)
+        daemon = Daemon(kind, self.folder, name=name, config=config)
         self.daemons.append(daemon)
         daemon.start()
         daemon.ctr("images", "pull", "--plain-http", self.image)
@@ -181,7 +189,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _busybox_layout(layout: Path) -> None:
+def busybox_layout(layout: Path, command: list[str]) -> None:
     """An OCI layout with one plain layer: a static busybox with its links."""
     busybox = program("busybox")
     buffer = io.BytesIO()
@@ -208,7 +216,7 @@ def _busybox_layout(layout: Path) -> None:
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
+        "config": {"Env": ["PATH=/bin"], "Cmd": command},
         "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
     }
     media_type = "application/vnd.oci.image.manifest.v1+json"

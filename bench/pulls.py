@@ -23,10 +23,7 @@ def publish(lab: Lab, name: str, layers: tuple[Layer, ...]) -> str:
     """Make an image and have it in the lab's registry; its reference."""
     layout = lab.folder / name
     write_layout(layers, layout)
-    reference = f"{lab.image.partition('/')[0]}/library/{name}:latest"
-    command = [program("skopeo"), "copy", "-q", "--dest-tls-verify=false", f"oci:{layout}:latest"]
-    subprocess.run([*command, f"docker://{reference}"], check=True)
-    return reference
+    return lab.publish(layout, name)
 
 
 def pull(daemon: Daemon, image: str) -> list[str]:
