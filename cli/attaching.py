@@ -9,8 +9,9 @@ from wherry.client import lifecycle
 from wherry.client.fifos import Fifos
 from wherry.client.finding import name_of
 from wherry.client.states import inspect_state
-from wherry.core.container_logs import folder_of
-from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
+from wherry.client.tasks import Stdio
+from wherry.core.container_logs import folder_of, followed
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry.core.labels import LOG_URI
 
 if TYPE_CHECKING:
@@ -57,11 +58,18 @@ async def start_followed(
     status: int | None = DETACHED
     try:
         with coded():
-            creating = client.tasks.creating(container.id, mounts, fifos.stdio)
+            stdio = _kept(session, container, fifos.stdio)
+            creating = client.tasks.creating(container.id, mounts, stdio)
             # loaded while the daemon is at work
             from wherry.cli.attach import Waiter
 
-            await creating.pid()
+            try:
+                await creating.pid()
+            except WherryError as error:
+                # a shim that isn't ours, or an older one
+                if stdio is fifos.stdio or "STDIO scheme" not in error.message:
+                    raise
+                await client.tasks.create(container.id, mounts, fifos.stdio)
         try:
             waiter = Waiter(client, container.id)
             with coded():
@@ -78,6 +86,14 @@ async def start_followed(
             fifos.release()
         else:
             fifos.close()
+
+
+def _kept(session: Session, container: Container, stdio: Stdio) -> Stdio:
+    """The streams of who follows, with the container's log beside them where it has one and the daemon is ours."""
+    uri = container.labels.get(LOG_URI, "")
+    if not folder_of(uri) or not getattr(session.client.calls.transport, "ours", False):
+        return stdio
+    return Stdio(stdio.stdin, followed(uri, stdio.stdout), followed(uri, stdio.stderr), stdio.terminal)
 
 
 async def start_attached(session: Session, container: Container, args: argparse.Namespace) -> int:
@@ -126,24 +142,6 @@ async def attach(session: Session, container: Container, *, keys: bytes, stdin: 
     return status or 0
 
 
-async def start_logged(
-    session: Session, container: Container, mounts: Sequence[Mount], *, interactive: bool, signals: bool
-) -> int | None:
-    """`start_followed` for one that stays when it has ended: its output goes to its log, and from there to us."""
-    client = session.client
-    with coded():
-        await lifecycle.start_new(client, container, mounts)
-        task = await client.tasks.get(container.id)
-    return follow_log(session, container, task, keys=b"", stdin=interactive, signals=signals, whole=True)
-
-
-def is_logged(session: Session, container: Container) -> bool:
-    """Whether a container in the foreground is shown from its log: one without a terminal, under a shim of ours."""
-    terminal = bool(((container.spec or {}).get("process") or {}).get("terminal"))
-    ours = bool(getattr(session.client.calls.transport, "ours", False))
-    return ours and not terminal and bool(folder_of(container.labels.get(LOG_URI, "")))
-
-
 def follow_log(
     session: Session,
     container: Container,
@@ -152,9 +150,8 @@ def follow_log(
     keys: bytes,
     stdin: bool,
     signals: bool,
-    whole: bool = False,
 ) -> int | None:
-    """Follows a container whose output goes to a log: what is written from now on (`whole`: all of it), and our input.
+    """Follows a container whose output goes to a log: what is written from now on, and our input.
 
     A thread copies the log; this one copies input, passes signals on and waits for the end.
     """
@@ -165,7 +162,7 @@ def follow_log(
     from wherry.client.logs import folder
 
     path = folder(task.stdio.stdout)
-    printer = threading.Thread(target=_print_log, args=(path, None if whole else time.time()), daemon=True)
+    printer = threading.Thread(target=_print_log, args=(path, time.time()), daemon=True)
     try:
         fifos: Fifos | None = Fifos.existing(task.stdio)
     except FailedPrecondition:
@@ -186,7 +183,7 @@ def follow_log(
     return status
 
 
-def _print_log(path: str, since: float | None) -> None:
+def _print_log(path: str, since: float) -> None:
     import os
 
     from wherry.client.logs import read

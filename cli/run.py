@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from wherry.cli import container_flags
 from wherry.cli.arguments import switch
-from wherry.cli.attaching import DETACHED, detach_keys, is_logged, start_followed, start_logged
+from wherry.cli.attaching import DETACHED, detach_keys, start_followed
 from wherry.cli.following import OURS, coded, interruptible, patiently
 from wherry.cli.table import Command
 from wherry.client import lifecycle
@@ -36,14 +36,9 @@ async def run(session: Session, args: argparse.Namespace) -> int:
                 await lifecycle.start_new(client, container, launched.mounts)
             print(container.id)
             return 0
-        if not args.rm and is_logged(session, container):
-            status = await start_logged(
-                session, container, launched.mounts, interactive=args.interactive, signals=args.sig_proxy
-            )
-        else:
-            status = await start_followed(
-                session, container, launched.mounts, interactive=args.interactive, signals=args.sig_proxy, keys=keys
-            )
+        status = await start_followed(
+            session, container, launched.mounts, interactive=args.interactive, signals=args.sig_proxy, keys=keys
+        )
     except BaseException:
         if args.rm:
             # what went wrong first is what a person wants to know

@@ -16,6 +16,7 @@ from typing import Self
 
 from wherry.client.tasks import Stdio
 from wherry.core import places
+from wherry.core.container_logs import fifo_of
 from wherry.core.errors import FailedPrecondition
 
 # a FIFO holds 64 KiB by default; a megabyte (the kernel's limit for everybody) lets a container write on meanwhile
@@ -143,7 +144,7 @@ def is_fifo(path: str) -> bool:
 def discard(stdio: Stdio) -> None:
     """Removes what a client that detached left for a process: its FIFOs and their folder, nothing else."""
     folders = set()
-    for path in (stdio.stdin, stdio.stdout, stdio.stderr):
+    for path in map(fifo_of, (stdio.stdin, stdio.stdout, stdio.stderr)):
         if path and is_fifo(path):
             folders.add(os.path.dirname(path))
             with contextlib.suppress(OSError):

@@ -188,6 +188,63 @@ def test_output_in_the_foreground_is_kept(wherry: Wherry) -> None:
         wherry.run("rm", "-f", "fg", "fgi", "many")
 
 
+def test_the_output_of_one_that_goes_when_it_ends_is_kept_while_it_lives(wherry: Wherry) -> None:
+    script = "echo out; echo err >&2; sleep 1000"
+    process = wherry.start("run", "--rm", "--name", "going", BUSYBOX, "sh", "-c", script, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"out\n"
+        eventually(lambda: wherry.run("logs", "going").stderr == "err\n")
+        assert wherry.run("logs", "going").stdout == "out\n"
+        log = wherry.run("inspect", "-f", "{{.LogPath}}", "going").stdout.strip()
+        assert os.path.exists(log)
+        wherry.run("kill", "going")
+        assert process.wait(PATIENCE) == 137
+        assert not os.path.exists(os.path.dirname(log))
+    finally:
+        process.kill()
+        process.communicate()
+        wherry.run("rm", "-f", "going", code=None)
+
+
+def test_what_was_started_again_in_the_foreground_is_kept_too(wherry: Wherry) -> None:
+    wherry.run("create", "--name", "again", BUSYBOX, "sh", "-c", "echo once more")
+    try:
+        assert wherry.run("start", "-a", "again").stdout == "once more\n"
+        assert wherry.run("logs", "again").stdout == "once more\n"
+    finally:
+        wherry.run("rm", "-f", "again")
+
+
+def test_a_terminal_is_kept_and_whoever_leaves_holds_nothing_up(wherry: Wherry) -> None:
+    master, slave = pty.openpty()
+    # more than a FIFO holds, after the person in front of it has gone
+    script = "echo ready; read x; seq 400000 | tail -n 300000; echo all; sleep 1000"
+    command = ("run", "-it", "--name", "left", BUSYBOX, "sh", "-c", script)
+    process = wherry.start(*command, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    try:
+        seen = b""
+        while b"ready" not in seen:
+            seen += os.read(master, 1024)
+        os.write(master, b"\x10\x11")
+        assert process.wait(PATIENCE) == 0
+        assert "ready" in wherry.run("logs", "left").stdout
+        again = wherry.start("attach", "left", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert again.stdin is not None
+        again.stdin.write(b"\n")
+        again.stdin.flush()
+        eventually(lambda: "all" in wherry.run("logs", "--tail", "1", "left").stdout)
+        wherry.run("kill", "left")
+        output, _ = again.communicate(timeout=PATIENCE)
+        assert b"all" in output
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        wherry.run("rm", "-f", "left")
+
+
 def test_attach_to_what_logs(wherry: Wherry) -> None:
     script = "echo before; read x; echo got $x; exit 4"
     wherry.run("run", "-d", "-i", "--name", "reads", BUSYBOX, "sh", "-c", script)
