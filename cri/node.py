@@ -11,7 +11,6 @@ earlier daemon wrote (`Node.start`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -30,6 +29,7 @@ from wherry.proto import cri_pb2 as cri
 from wherry.proto.service import Context
 
 if TYPE_CHECKING:
+    from wherry.cri.containers import Members
     from wherry.cri.events import Happenings
     from wherry.cri.images import Images
     from wherry.cri.pods import Pods
@@ -49,9 +49,22 @@ class Places:
         """The folder of a pod: `hostname`, `hosts`, `resolv.conf`, `shm`."""
         return os.path.join(self.state, "cri", "pods", id)
 
+    def has_pod(self, id: str) -> bool:  # noqa: A002
+        """Whether that folder is there."""
+        return os.path.isdir(self.pod(id))
+
     def netns(self, id: str) -> str:  # noqa: A002
         """The file that keeps a pod's network namespace."""
         return os.path.join(self.state, "cri", "netns", id)
+
+    @property
+    def image_volumes(self) -> str:
+        """The folder of images that are mounted as volumes, in a folder for each pod."""
+        return os.path.join(self.state, "cri", "image-volumes")
+
+    def has_image_volumes(self, pod: str) -> bool:
+        """Whether there are such of a pod's."""
+        return os.path.isdir(os.path.join(self.image_volumes, pod))
 
     def member(self, id: str) -> str:  # noqa: A002
         """The folder of a container, for whoever makes containers."""
@@ -91,9 +104,11 @@ class Node:
         return Pods(self)
 
     @cached_property
-    def members(self) -> Any:
-        """Containers: `wherry.cri.containers.Members`."""
-        return _part("containers", "Members")(self)
+    def members(self) -> Members:
+        """Containers."""
+        from wherry.cri.containers import Members
+
+        return Members(self)
 
     @cached_property
     def streaming(self) -> Any:
@@ -125,19 +140,15 @@ class Node:
 
     async def start(self) -> None:
         """Read what an earlier daemon wrote, and find out what lives; done once, waited for by every call."""
-        if self._started is None:
+        if self._started is None or (self._started.done() and self._started.exception() is not None):
             self._started = asyncio.get_running_loop().create_task(self._start())
         if not self._started.done():
             await asyncio.shield(self._started)
-        elif (error := self._started.exception()) is not None:
-            self._started = None  # the next call tries again
-            raise error
 
     async def _start(self) -> None:
         await self.records.load()
         await self.pods.recover()
-        with contextlib.suppress(Unimplemented):
-            await self.members.recover()
+        await self.members.recover()
 
     def on_close(self, closer: Callable[[], Any]) -> None:
         """A coroutine function that is to be called when the daemon stops."""
@@ -147,8 +158,7 @@ class Node:
         """Let go of what the parts hold; pods and containers go on."""
         if self._started is not None:
             self._started.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._started
+            await asyncio.gather(self._started, return_exceptions=True)
         for closer in reversed(self._closers):
             await closer()
 

@@ -146,11 +146,11 @@ def with_pause(
     linux["cgroupsPath"] = cgroups_path
     if "hostname" in spec:
         made["hostname"] = spec["hostname"]
-    made["annotations"] = annotations(config, identity)
+    made["annotations"] = notes(config, identity)
     return made
 
 
-def annotations(config: cri.PodSandboxConfig, identity: str) -> dict[str, str]:
+def notes(config: cri.PodSandboxConfig, identity: str) -> dict[str, str]:
     """What containerd says of a pod in its specification; other runtimes' shims read it."""
     metadata = config.metadata
     return {

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from google.protobuf.any_pb2 import Any as Packed
 
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
 from wherry.cri import netns, pod_files, pod_status
@@ -161,7 +162,7 @@ class Pods:
 
     async def _forget(self, pod: Pod) -> None:
         """Remove what is left of a pod that has ended: snapshot, files, record, name."""
-        if pod.facts.more.get("image_volumes"):
+        if pod.facts.more.get("lost") or self._node.places.has_image_volumes(pod.id):
             await self._node.images.volumes.release(pod.id)
         await self._making.remove_snapshot(pod)
         pod_files.remove(self._node.places.pod(pod.id))
@@ -219,6 +220,10 @@ class Pods:
             await self._records.put_pod(pod, config=True)
         return cri.UpdatePodSandboxResourcesResponse()
 
+    def runtime_options(self, pod: Pod) -> Packed | None:
+        """The options of a pod's runtime handler, as its containers' records have them."""
+        return choose(self._node.settings, pod.facts.handler).options
+
     # -- the start
 
     async def recover(self) -> None:
@@ -244,6 +249,8 @@ class Pods:
                 self._watch(pod)
                 return
         pod.facts.state, pod.facts.pid = NOT_READY, 0
+        if not self._node.places.has_pod(pod.id):  # the machine was started anew meanwhile
+            pod.facts.more["lost"] = True
         await self._records.put_pod(pod)
 
     def _sweep(self) -> None:

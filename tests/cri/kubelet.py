@@ -84,8 +84,8 @@ class Kubelet:
         return called
 
 
-def refused(call: Callable[..., Any], *args: Any, **fields: Any) -> grpc.RpcError:
-    """The error of a call that must fail."""
+def refused(call: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+    """The error (grpc.RpcError) of a call that must fail."""
     try:
         answer = call(*args, **fields)
     except grpc.RpcError as error:
