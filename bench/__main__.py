@@ -152,8 +152,8 @@ def cri(lab: Lab) -> list[Row]:
     """A pod with one container as a kubelet asks for it, until it runs."""
     found = pods_by_turns(lab)
     return [
-        Row("pod with one container over the CRI, host network", "ms", *found["host"], 0.6),
-        Row("pod with one container over the CRI, CNI bridge", "ms", *found["cni"], 0.6),
+        Row(f"pod with one container over the CRI, {network}", "ms", found[key][0], found[key][1], 0.6)
+        for key, network in (("host", "host network"), ("cni", "CNI bridge"))
     ]
 
 
