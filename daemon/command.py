@@ -115,7 +115,11 @@ def _users(path: str | None) -> Config:
         grpc = dataclasses.replace(grpc, address=places.address())
     root = places.root() if config.root == configuration.DEFAULT_ROOT else config.root
     state = places.state() if config.state == configuration.DEFAULT_STATE else config.state
-    return dataclasses.replace(config, root=root, state=state, grpc=grpc)
+    network = config.network
+    conflists = os.path.join(places.config_folder(), "cni", "net.d")
+    if network.cni_conf_dir == Config().network.cni_conf_dir and os.path.isdir(conflists):
+        network = dataclasses.replace(network, cni_conf_dir=conflists)
+    return dataclasses.replace(config, root=root, state=state, grpc=grpc, network=network)
 
 
 def _socket(address: str) -> str:

@@ -13,11 +13,14 @@ from wherry.daemon.containers import ContainerStore
 from wherry.daemon.namespaces import NamespaceStore, require_namespace
 from wherry.daemon.network_manager import NetworkManager
 from wherry.daemon.network_settings import EXTENSION, mac, settings_of
+from wherry.daemon.network_user import UserNetwork
 from wherry.network.cni import NetworkList
 from wherry.network.model import DEFAULT, Connection, Endpoint, Network, Subnet
 from wherry.proto import network_pb2 as pb
 from wherry.proto.containers_pb2 import Container
 from wherry.proto.service import Context
+
+_BUILT_IN = "the built-in network can't be removed: failed precondition"
 
 
 class NetworkService:
@@ -61,6 +64,8 @@ class NetworkService:
         """A network, with who is on it now, of all namespaces."""
         network = await self._manager.network(request.name)
         if network is None:
+            if request.name in (DEFAULT, "default") and (user := self._manager.user) is not None:
+                return pb.GetResponse(network=self._users(user, everything=True))
             for item in self._manager.cni.networks():
                 if item.name == request.name:
                     return pb.GetResponse(network=self._foreign(item, everything=True))
@@ -69,14 +74,20 @@ class NetworkService:
 
     async def list(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         """All networks; CNI's after ours."""
-        await self._manager.networks.default()
-        ours = [self._shown(item) for item in self._manager.networks.all.values()]
+        if (user := self._manager.user) is None:
+            await self._manager.networks.default()
+        kept = [item for item in self._manager.networks.all.values() if user is None or item.name != DEFAULT]
+        ours = [self._shown(item) for item in kept]
+        if user is not None:
+            ours.insert(0, self._users(user))
         names = {item.name for item in ours}
         theirs = [self._foreign(item) for item in self._manager.cni.networks() if item.name not in names]
         return pb.ListResponse(networks=[*ours, *theirs])
 
     async def delete(self, request: pb.DeleteRequest, context: Context) -> empty_pb2.Empty:
         """Remove a network that nobody is on."""
+        if request.name in (DEFAULT, "default"):
+            raise FailedPrecondition(_BUILT_IN)
         await self._remove(self._manager.networks.get(request.name))
         return empty_pb2.Empty()
 
@@ -100,7 +111,7 @@ class NetworkService:
 
     async def _remove(self, network: Network) -> None:
         if network.name == DEFAULT:
-            raise FailedPrecondition("the built-in network can't be removed: failed precondition")
+            raise FailedPrecondition(_BUILT_IN)
         await self._manager.networks.remove(network)
         await self._manager.names.remove_network(network)
         await self._manager.kernel.remove_network(network)
@@ -115,6 +126,8 @@ class NetworkService:
         asked = request.network
         network = await self._manager.network(asked.network)
         if network is None:
+            if asked.network in (DEFAULT, "default"):
+                raise FailedPrecondition(f"without root, a container is on network {quote(DEFAULT)} from its start on")
             raise NotFound(f"network {quote(asked.network)}: not found")
         mac(asked.mac)
         if settings.mode == "bridge" and not settings.networks:
@@ -136,6 +149,7 @@ class NetworkService:
         settings = self._settings(container)
         network = await self._manager.network(request.network)
         name = request.network if network is None else network.name
+        name = DEFAULT if name == "default" else name
         if settings.mode == "bridge" and not settings.networks:
             settings.networks.add(network=DEFAULT)
         left = [item for item in settings.networks if item.network != name]
@@ -205,6 +219,13 @@ class NetworkService:
         )
         if everything:
             shown.endpoints.extend(_endpoints(self._manager.connections.values(), network.id))
+        return shown
+
+    def _users(self, user: UserNetwork, *, everything: bool = False) -> pb.Network:
+        """What stands in for the built-in network where the daemon is an ordinary user's."""
+        shown = pb.Network(name=DEFAULT, id=DEFAULT, driver=user.program())
+        if everything:
+            shown.endpoints.extend(_endpoints(self._manager.connections.values(), DEFAULT))
         return shown
 
     def _foreign(self, network: NetworkList, *, everything: bool = False) -> pb.Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -28,9 +29,11 @@ _AGAIN = (0.2, 0.5, 1.0)
 class CniNetworks:
     """The conflists of the host, and the containers on them."""
 
-    def __init__(self, options: NetworkOptions, cache: str) -> None:
-        """`cache` is the folder of what was added."""
-        self._cni = Cni(options.cni_conf_dir, options.cni_bin_dirs, cache)
+    def __init__(self, options: NetworkOptions, cache: str, hub: str = "") -> None:
+        """`cache` is the folder of what was added; `hub`: where an ordinary user's plugins run (network/within.py)."""
+        self._hub = hub
+        within = [sys.executable, "-I", "-m", "wherry.network.within", hub, os.path.join(cache, "var")] if hub else []
+        self._cni = Cni(options.cni_conf_dir, options.cni_bin_dirs, cache, within=within)
         self._dns: dict[str, dict[str, Any]] = {}
         self._retrying: set[asyncio.Task[None]] = set()
 
@@ -55,7 +58,7 @@ class CniNetworks:
     async def add(self, connection: Connection, endpoint: Endpoint) -> None:
         """Attach a container's namespace; the endpoint gets what the plugins gave it."""
         network = self._cni.load(endpoint.name)
-        attachment = self._attachment(connection, endpoint)
+        attachment = self._attachment(connection, endpoint, ports=not self._hub)
         for pause in (*_AGAIN, None):
             try:
                 result = await self._cni.add(network, attachment)
@@ -76,7 +79,7 @@ class CniNetworks:
     async def delete(self, connection: Connection, endpoint: Endpoint) -> None:
         """Detach it. What a plugin couldn't do is tried again until it can: nothing waits for that."""
         self._dns.pop(connection.key, None)
-        attachment = self._attachment(connection, endpoint)
+        attachment = self._attachment(connection, endpoint, ports=not self._hub)
         try:
             await self._cni.delete(endpoint.name, attachment)
         except WherryError as error:
@@ -129,9 +132,10 @@ class CniNetworks:
         task.add_done_callback(self._retrying.discard)
 
     @staticmethod
-    def _attachment(connection: Connection, endpoint: Endpoint) -> Attachment:
+    def _attachment(connection: Connection, endpoint: Endpoint, *, ports: bool) -> Attachment:
+        """`ports`: the plugins publish them."""
         capabilities: dict[str, Any] = {}
-        if connection.ports and connection.publishing() is None:
+        if ports and connection.ports and connection.publishing() is None:
             capabilities["portMappings"] = [
                 {
                     "hostPort": port.host_port,

@@ -21,13 +21,16 @@ log = structlog.get_logger(__name__)
 class Kernel:
     """Interfaces, namespaces and rules of one daemon."""
 
-    def __init__(self, instance: Instance, networks: Networks, namespaces: str, marker: str) -> None:
-        """`namespaces` is the folder where they are held; the file `marker` says that something of ours may be."""
+    def __init__(self, instance: Instance, networks: Networks, namespaces: str, marker: str, hub: str = "") -> None:
+        """`namespaces` is the folder where they are held; the file `marker` says that something of ours may be.
+
+        `hub` is the file of the network namespace with an ordinary user's bridges, "" for the host's.
+        """
         self._instance = instance
         self._networks = networks
         self.folder = namespaces
         self._marker = marker
-        self._worker = WorkerClient(instance.id)
+        self._worker = WorkerClient(instance.id, hub)
         # the networks that our table knows; None: there is no table yet, or somebody took it
         self._known: set[str] | None = None
         # where names are served on another port than 53, by network
@@ -45,6 +48,12 @@ class Kernel:
     async def warm(self) -> None:
         with contextlib.suppress(WherryError):
             await self._worker.warm()
+
+    async def hub(self) -> int:
+        """Which namespace the bridges are in: of an ordinary user's daemon, which is there from now on."""
+        self._touch()
+        found: int = await self._worker.call("hub")
+        return found
 
     async def attach(
         self,
@@ -189,7 +198,12 @@ class Kernel:
 
 
 def default_route(connection: Connection, networks: Networks) -> str:
-    """The interface by which a container reaches the rest of the world: of its first network that leads there."""
+    """The interface by which a container reaches the rest of the world: of its first network that leads there.
+
+    "" where a program of the user's makes it, as it does of the default network without root.
+    """
+    if any(item.kind == "user" for item in connection.endpoints):
+        return ""
     for endpoint in connection.endpoints:
         network = networks.all.get(endpoint.network)
         if endpoint.kind == "bridge" and network is not None and not network.internal:

@@ -46,7 +46,7 @@ from wherry.daemon.network_peers import Peers
 from wherry.daemon.network_registry import Instance, Networks
 from wherry.daemon.network_settings import port, settings_of
 from wherry.daemon.network_spec import Spec
-from wherry.daemon.network_user import UserNetwork
+from wherry.daemon.network_user import KIND, UserNetwork, refuse_ports
 from wherry.daemon.network_wishes import Wishes
 from wherry.network.model import USERS, Connection, Endpoint, Network, plain
 from wherry.network.store import Store
@@ -73,17 +73,18 @@ class NetworkManager:
         instance = Instance(state)
         self.networks = Networks(options, instance, self._store, self._thread)
         marker = os.path.join(self._state, "touched")
-        self.kernel = Kernel(instance, self.networks, os.path.join(state, "netns"), marker)
+        # of an ordinary user's daemon
+        self.user = UserNetwork(os.path.join(self._state, "user")) if places.is_users() else None
+        hub = self.user.hub if self.user is not None else ""
+        self.kernel = Kernel(instance, self.networks, os.path.join(state, "netns"), marker, hub)
         self.connections: dict[Key, Connection] = {
             (item.namespace, item.container): item for item in self._store.connections()
         }
         self.names = Names(
-            os.path.join(self._state, "keeper.sock"), self.networks, self.kernel, self.connections.values
+            os.path.join(self._state, "keeper.sock"), self.networks, self.kernel, self.connections.values, hub
         )
         self.files = Files(os.path.join(self._state, "files"), self.names)
-        self.cni = CniNetworks(options, os.path.join(root, "cni"))
-        # of an ordinary user's daemon; it has no bridges
-        self.user = UserNetwork(os.path.join(self._state, "user")) if places.is_users() else None
+        self.cni = CniNetworks(options, os.path.join(root, "cni"), hub)
         self._wishes = Wishes(self.networks, self.kernel, self.cni, self.user)
         self._locks: dict[Key, asyncio.Lock] = {}
         self._going: dict[Key, asyncio.Task[None]] = {}
@@ -120,6 +121,9 @@ class NetworkManager:
         for connection in dead:
             await self._detach_cni(connection)
         if self.kernel.touched or alive:
+            if self.user is not None:
+                await self.kernel.hub()  # which makes it where it is gone; the keeper goes there
+                self.user.sweep(alive)
             # first the keeper: the rules depend on the ports of its name servers
             await self.names.reconcile()
             await self.kernel.sweep(alive)
@@ -140,6 +144,8 @@ class NetworkManager:
         await self.cni.close()
         await self.names.close()
         await self.kernel.close()
+        if self.user is not None and not self.connections:
+            self.user.remove()
         self._thread.shutdown()
         self._store.close()
 
@@ -201,7 +207,7 @@ class NetworkManager:
             raise InvalidArgument(f"network mode {quote(settings.mode)}: invalid argument")
         try:
             spec.name(hostname, settings.domainname)
-            said = self.cni.resolv_conf(connection) if self.user is None else self.user.nameservers(connection)
+            said = (self.user.nameservers(connection) if self.user else "") or self.cni.resolv_conf(connection)
             self.files.write(connection, settings, hostname, said, spec.root())
         except BaseException:
             await self._release(key)
@@ -230,7 +236,11 @@ class NetworkManager:
         try:
             await self._keep_and_plug(connection, users)
             for endpoint in foreign:
-                await (self.cni if self.user is None else self.user).add(connection, endpoint)
+                await (self.user if self.user is not None and endpoint.kind == KIND else self.cni).add(
+                    connection, endpoint
+                )
+            if self.user is not None and connection.publishing() is None and connection.ports:
+                await self.names.tell(connection)  # of CNI's, whose address is known now
             reach("network.attached")
             if plain(connection) != recorded:  # ports that were any, what CNI gave
                 await self.networks.work(lambda store: store.save(connection))
@@ -244,6 +254,8 @@ class NetworkManager:
 
     async def _keep_and_plug(self, connection: Connection, users: dict[str, str] | None) -> None:
         own = [item for item in connection.endpoints if item.kind == "bridge"]
+        if self.user is not None and connection.relayed() is not None:
+            await self._link(self.user, connection)
         if not own:
             await self.kernel.namespace(connection.netns, users)
             return
@@ -263,6 +275,14 @@ class NetworkManager:
         for error in done:
             if error is not None:
                 raise error
+
+    async def _link(self, user: UserNetwork, connection: Connection) -> None:
+        """The way from a user's bridges to the outside, for networks that have one."""
+        refuse_ports(connection)
+        hub = await self.kernel.hub()
+        kinds = (self.networks.all.get(item.network) for item in connection.endpoints if item.kind != KIND)
+        if any(network is None or not network.internal for network in kinds):
+            await user.link(hub)
 
     async def _share(self, key: Key, settings: pb.Settings, spec: Spec) -> None:
         """The network, the name and the files of another container."""
@@ -359,7 +379,6 @@ class NetworkManager:
     async def _detach_cni(self, connection: Connection) -> None:
         if self.user is not None:
             self.user.delete(connection)
-            return
         for endpoint in connection.endpoints:
             if endpoint.kind == "cni":
                 await self.cni.delete(connection, endpoint)
@@ -395,6 +414,9 @@ class NetworkManager:
             endpoint = self._wishes.endpoint(network, asked, interface)
             await self.networks.work(lambda store: store.take(connection, [(network, endpoint)], fresh=False))
             try:
+                if self.user is not None:
+                    await self._link(self.user, replace(connection, endpoints=[endpoint], ports=[]))
+                    await self.names.serve(replace(connection, endpoints=[endpoint], ports=[]))
                 await self.kernel.attach(connection, [endpoint], list(self.connections.values()), make=False)
                 await self.names.tell(connection)
                 await self.networks.work(lambda store: store.save(connection))
@@ -418,6 +440,8 @@ class NetworkManager:
             return True
 
     async def _unplug(self, connection: Connection, endpoint: Endpoint) -> None:
+        if endpoint.kind == KIND and self.user is not None:
+            self.user.delete(connection)
         await self.kernel.detach(replace(connection, ports=[]), [endpoint], whole=False)
         await self.networks.work(lambda store: store.leave(connection, endpoint))
         with contextlib.suppress(WherryError):

@@ -19,14 +19,20 @@ class Names:
     """One daemon's keeper, and what it is to keep."""
 
     def __init__(
-        self, path: str, networks: Networks, kernel: Kernel, connections: Callable[[], Iterable[Connection]]
+        self,
+        path: str,
+        networks: Networks,
+        kernel: Kernel,
+        connections: Callable[[], Iterable[Connection]],
+        hub: str = "",
     ) -> None:
-        """`path` of the keeper's socket; `connections` are all that there are."""
+        """`path` of the keeper's socket; `connections` are all that there are; `hub`: a user's namespace."""
+        self._hub = hub
         self._networks = networks
         self._kernel = kernel
         self._connections = connections
         self._told: set[str] = set()
-        self.keeper = KeeperClient(path, self._wanted, self._restarted)
+        self.keeper = KeeperClient(path, self._wanted, self._restarted, hub)
 
     def serves(self, network: Network) -> bool:
         """Whether containers of a network ask us: for names of each other, or because the host's own name server is
@@ -117,7 +123,7 @@ class Names:
 
     def _owner(self, connection: Connection) -> dict[str, Any] | None:
         served = {item.id: item for item in self._of(connection)}
-        target = connection.publishing()
+        target = connection.relayed() if self._hub else connection.publishing()
         if not served and (not connection.ports or target is None):
             return None
         targets = [item for item in (target.address4, target.address6) if item] if target is not None else []

@@ -22,7 +22,7 @@ class Wishes:
     """Finds the networks that are asked for, and checks that they can give what is asked of them."""
 
     def __init__(self, networks: Networks, kernel: Kernel, cni: CniNetworks, user: UserNetwork | None) -> None:
-        """`user` stands in for all networks where the daemon is an ordinary user's."""
+        """`user` stands in for the default network where the daemon is an ordinary user's."""
         self._networks = networks
         self._kernel = kernel
         self._cni = cni
@@ -34,13 +34,15 @@ class Wishes:
         Raises NotFound, InvalidArgument.
         """
         asked = list(settings.networks) or [pb.Attachment(network=DEFAULT)]
-        if self._user is not None:
-            return [], [self._user.endpoint(asked[0].network, settings.mode)]
         ours: list[tuple[Network, Endpoint]] = []
         foreign: list[Endpoint] = []
         for index, item in enumerate(asked):
             interface = item.interface or f"eth{index}"
-            network = await self.network(DEFAULT if settings.mode == "bridge" else item.network)
+            name = DEFAULT if settings.mode == "bridge" else item.network
+            if self._user is not None and name in (DEFAULT, "default"):
+                foreign.append(self._user.endpoint(item, interface))
+                continue
+            network = await self.network(name)
             if network is not None:
                 ours.append((network, self.endpoint(network, item, interface)))
             else:
@@ -53,7 +55,9 @@ class Wishes:
         return ours, foreign
 
     async def network(self, name: str) -> Network | None:
-        """A built-in network by its name."""
+        """A built-in network by its name; without root the default one isn't among them."""
+        if self._user is not None and name in (DEFAULT, "default"):
+            return None
         return await self._networks.default() if name in (DEFAULT, "default") else self._networks.find(name)
 
     def endpoint(self, network: Network, asked: pb.Attachment, interface: str) -> Endpoint:
@@ -91,6 +95,8 @@ class Wishes:
         )
 
     def _check_ports(self, ours: list[Network], foreign: list[Endpoint]) -> None:
+        if self._user is not None and foreign:
+            return
         if not ours and not any(self._cni.publishes(item.name) for item in foreign):
             raise InvalidArgument(
                 f"network {quote(foreign[0].name)} publishes no ports (portMappings): invalid argument"

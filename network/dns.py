@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wherry.network import dns_message as wire
+from wherry.network import inside
 from wherry.network.loop import READ, WRITE, Loop, Timer
 from wherry.network.resolv import servers
 
@@ -100,9 +101,11 @@ class Names:
 class Server:
     """The name server of one network's gateway address, over UDP and TCP on the same port."""
 
-    def __init__(self, loop: Loop, names: Names, forwarder: Forwarder, address: str) -> None:
+    def __init__(
+        self, loop: Loop, names: Names, forwarder: Forwarder, address: str, make: inside.Make = inside.here
+    ) -> None:
         """Raises OSError where no port of the address is free."""
-        self._loop, self._names, self._forwarder = loop, names, forwarder
+        self._loop, self._names, self._forwarder, self._make = loop, names, forwarder, make
         self._family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._connections: set[socket.socket] = set()
         try:
@@ -114,8 +117,8 @@ class Server:
         loop.watch(self._tcp, READ, self._accept)
 
     def _bind(self, address: str, port: int) -> int:
-        self._udp = _socket(self._family, socket.SOCK_DGRAM)
-        self._tcp = _socket(self._family, socket.SOCK_STREAM)
+        self._udp = _socket(self._family, socket.SOCK_DGRAM, make=self._make)
+        self._tcp = _socket(self._family, socket.SOCK_STREAM, make=self._make)
         try:
             self._udp.bind((address, port))
             port = self._udp.getsockname()[1]
@@ -419,8 +422,8 @@ class _Stream:
         self._ended(self._sock)
 
 
-def _socket(family: int, kind: int, *, free: bool = True) -> socket.socket:
-    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+def _socket(family: int, kind: int, *, free: bool = True, make: inside.Make = inside.here) -> socket.socket:
+    sock = make(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     if free:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

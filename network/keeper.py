@@ -1,9 +1,9 @@
 """The process that keeps what containers need while no daemon is there: their names, and their published ports.
 
 It is started by exec and outlives the daemon, which finds it again by its socket and tells it all once more; it ends
-when it keeps nothing and no daemon speaks with it. It has one thread, and of root's rights only the one to bind low
-ports. Killed, it is started again by the daemon and told all; meanwhile the rules still lead to published ports, and
-names are away for that moment.
+when it keeps nothing and no daemon speaks with it. It has one thread (an ordinary user's has two, inside.py), and of
+root's rights only the one to bind low ports. Killed, it is started again by the daemon and told all; meanwhile the
+rules still lead to published ports, and names are away for that moment.
 
 A request is a line of JSON: `{"op": "sync", "networks": {ID: …}, "owners": {KEY: …}}` for everything, `network` and
 `owner` for one of them (`null` takes it away). The answer to each is a line, too (`_Daemon`).
@@ -24,6 +24,7 @@ from typing import Any
 
 from wherry.linux import capabilities
 from wherry.linux import syscalls as sc
+from wherry.network import inside
 from wherry.network.dns import Forwarder, Names, Server
 from wherry.network.loop import READ, WRITE, Loop
 from wherry.network.protocol import VERSION
@@ -40,8 +41,10 @@ Relay = TcpRelay | UdpRelay
 class Keeper:
     """Names and ports, as the daemon wants them."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, make: inside.Make = inside.here) -> None:
+        """`make` makes sockets where the containers are reached."""
         self._loop = loop
+        self._make = make
         self._names = Names()
         self._forwarder = Forwarder(loop)
         self._servers: dict[str, dict[str, Server]] = {}
@@ -96,7 +99,7 @@ class Keeper:
         for address in wanted:
             if address not in servers:
                 with contextlib.suppress(OSError):
-                    servers[address] = Server(self._loop, self._names, self._forwarder, address)
+                    servers[address] = Server(self._loop, self._names, self._forwarder, address, self._make)
         if not servers:
             self._servers.pop(identity, None)
         return next((server.port for server in servers.values()), 0)
@@ -179,7 +182,7 @@ class Keeper:
         targets = list(port["targets"])
         same = [item for item in targets if (":" in item) == (":" in address)]
         target = ((same or targets)[0], int(port["container_port"]))
-        return (TcpRelay if port["protocol"] == "tcp" else UdpRelay)(self._loop, sock, target)
+        return (TcpRelay if port["protocol"] == "tcp" else UdpRelay)(self._loop, sock, target, self._make)
 
 
 class _Daemon:
@@ -228,10 +231,10 @@ class _Daemon:
             self._loop.stopped = True
 
 
-def serve(listener: socket.socket) -> None:
+def serve(listener: socket.socket, make: inside.Make = inside.here) -> None:
     """Keeps until nothing is left to keep and nobody is there who would bring more."""
     loop = Loop()
-    keeper = Keeper(loop)
+    keeper = Keeper(loop, make)
     daemons: set[_Daemon] = set()
 
     def accept(_: int) -> None:
@@ -254,12 +257,16 @@ def _give_up_rights() -> None:
 
 
 def main() -> int:
-    """`python -m wherry.network.keeper FD PATH`: FD is a unix socket that listens on PATH, which `ps` shows."""
+    """`python -m wherry.network.keeper FD PATH [HUB]`: FD is a unix socket that listens on PATH, which `ps` shows.
+
+    HUB is the network namespace of an ordinary user's bridges.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     listener = socket.socket(fileno=int(sys.argv[1]))
+    make = inside.sockets(sys.argv[3], _give_up_rights) if len(sys.argv) > 3 else inside.here
     _give_up_rights()
-    serve(listener)
+    serve(listener, make)
     return 0
 
 

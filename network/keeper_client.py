@@ -34,9 +34,14 @@ class KeeperClient:
         path: str,
         wanted: Wanted,
         restarted: Callable[[Mapping[str, int]], Awaitable[None]],
+        hub: str = "",
         python: str = sys.executable,
     ) -> None:
-        """`path` of its socket; `wanted` gives `networks` and `owners` as a `sync` has them."""
+        """`path` of its socket; `wanted` gives `networks` and `owners` as a `sync` has them.
+
+        `hub` is the file of the network namespace with an ordinary user's bridges.
+        """
+        self._hub = hub
         self._path, self._wanted, self._restarted, self._python = path, wanted, restarted, python
         self._lock = asyncio.Lock()
         self._reader: asyncio.StreamReader | None = None
@@ -192,6 +197,7 @@ class KeeperClient:
                     "wherry.network.keeper",
                     str(listener.fileno()),
                     self._path,
+                    *([self._hub] if self._hub else []),
                     pass_fds=(listener.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,
@@ -288,5 +294,6 @@ def _refused(code: int, text: str) -> WherryError:
     if code == errno.EADDRNOTAVAIL:
         return FailedPrecondition(f"{text} (no interface of the host has it): failed precondition")
     if code in (errno.EACCES, errno.EPERM):
-        return PermissionDenied(text)
+        # ip(7): which are root's alone is a setting
+        return PermissionDenied(f"{text} (low ports are root's: sysctl net.ipv4.ip_unprivileged_port_start)")
     return Internal(text)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from wherry.core import places
 from wherry.core.errors import AlreadyExists, FailedPrecondition, NotFound, WherryError
 from wherry.core.failpoints import reach
 from wherry.linux import namespaces
@@ -70,8 +69,6 @@ class Links:
         try:
             if users:
                 self._make_owned(path, users)
-            elif places.is_users():
-                _in_child(lambda: _new_namespace(path))  # nobody in a user namespace gets back to the host's
             else:
                 try:
                     _new_namespace(path)
@@ -226,12 +223,10 @@ class Links:
     def _settle(self, links: IPRoute, endpoint: Mapping[str, Any], host: str, owner: str, *, isolated: bool) -> str:
         outer = int(self._ip.link_lookup(ifname=host)[0])
         self._ip.link("set", index=outer, ifalias=f"{self._mark} container {owner}", state="up")
-        # a container that calls its own published port is answered through the port that it came by (br_netfilter)
-        _write(f"/sys/class/net/{host}/brport/hairpin_mode", "1")
-        if isolated:
-            # bridge(8): such ports don't see each other, the bridge sees all
-            # sysfs shows the namespace in which it was mounted, wherever we are
-            _write(f"/sys/class/net/{host}/brport/isolated", "1")
+        # a container that calls its own published port is answered through the port that it came by (br_netfilter);
+        # bridge(8): isolated ports don't see each other, the bridge sees all. Not by /sys, which shows the namespace in
+        # which it was mounted
+        self._ip.brport("set", index=outer, mode=1, isolated=int(isolated))
         index = int(links.link_lookup(ifname=endpoint["interface"])[0])
         if not endpoint["ipv6"]:
             _write(f"{_SYS}/ipv6/conf/{endpoint['interface']}/disable_ipv6", "1")
@@ -328,26 +323,3 @@ def _new_namespace(path: str) -> None:
     sc.mount("/proc/self/ns/net", path, "none", sc.MS_BIND)
     with IPRoute() as inside:
         inside.link("set", index=1, state="up")
-
-
-def _in_child(work: Callable[[], None]) -> None:
-    """Do something in a child, for this process has one thread; raises OSError with what it ran into.
-
-    The answer comes by a pipe: this process ignores its children's end.
-    """
-    reader, writer = os.pipe()
-    if not os.fork():
-        code = errno.EIO
-        try:
-            work()
-            code = 0
-        except OSError as error:
-            code = error.errno or errno.EIO
-        finally:
-            os.write(writer, bytes([code]))
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as answer:
-        code = (answer.read(1) or bytes([errno.EIO]))[0]
-    if code:
-        raise OSError(code, os.strerror(code), "network namespace")

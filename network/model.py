@@ -116,6 +116,10 @@ class Connection:
         """The endpoint that published ports lead to: the first one on a bridge."""
         return next((item for item in self.endpoints if item.kind == "bridge"), None)
 
+    def relayed(self) -> Endpoint | None:
+        """The endpoint that an ordinary user's published ports lead to, all of them by the keeper; CNI's, too."""
+        return self.publishing() or next((item for item in self.endpoints if item.kind == "cni"), None)
+
 
 def network_from(value: Mapping[str, Any]) -> Network:
     """What `dataclasses.asdict` made of a network."""

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from wherry.network import inside
 from wherry.network.loop import READ, WRITE, Loop, Timer
 
 # bytes taken at once, and held back for a side that is slow
@@ -47,9 +48,9 @@ def listening(protocol: str, address: str, port: int) -> socket.socket:
     return sock
 
 
-def _dial(kind: int, target: Target) -> socket.socket:
+def _dial(make: inside.Make, kind: int, target: Target) -> socket.socket:
     family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
-    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    sock = make(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         sock.connect(target)
     except BlockingIOError:
@@ -61,10 +62,10 @@ def _dial(kind: int, target: Target) -> socket.socket:
 
 
 class TcpRelay:
-    """Accepts on a held port and passes connections on."""
+    """Accepts on a held port and passes connections on, by sockets that `make` makes."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, target: Target) -> None:
-        self._loop, self._sock, self._target = loop, sock, target
+    def __init__(self, loop: Loop, sock: socket.socket, target: Target, make: inside.Make = inside.here) -> None:
+        self._loop, self._sock, self._target, self._make = loop, sock, target, make
         self._pairs: set[_Pair] = set()
         loop.watch(sock, READ, self._accept)
 
@@ -85,7 +86,7 @@ class TcpRelay:
                 continue
             sock.setblocking(False)
             try:
-                other = _dial(socket.SOCK_STREAM, self._target)
+                other = _dial(self._make, socket.SOCK_STREAM, self._target)
             except OSError:
                 sock.close()
                 continue
@@ -184,8 +185,8 @@ class _Pair:
 class UdpRelay:
     """Passes datagrams on, with a socket for each client, so that answers find back."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, target: Target) -> None:
-        self._loop, self._sock, self._target = loop, sock, target
+    def __init__(self, loop: Loop, sock: socket.socket, target: Target, make: inside.Make = inside.here) -> None:
+        self._loop, self._sock, self._target, self._make = loop, sock, target, make
         self._clients: dict[Any, tuple[socket.socket, Timer]] = {}
         loop.watch(sock, READ, self._packets)
 
@@ -216,7 +217,7 @@ class UdpRelay:
             return None
         else:
             try:
-                sock = _dial(socket.SOCK_DGRAM, self._target)
+                sock = _dial(self._make, socket.SOCK_DGRAM, self._target)
             except OSError:
                 return None
             self._loop.watch(sock, READ, lambda _: self._back(sock, source))

@@ -25,6 +25,8 @@ PROGRAMS = ("pasta", "slirp4netns")
 PASTA_DNS = "169.254.1.1"
 SLIRP_DNS, SLIRP_ADDRESS, SLIRP_GATEWAY = "10.0.2.3", "10.0.2.100/24", "10.0.2.2"
 MTU = "65520"
+# of the link between a user's bridges and such a program: link-local, and of a ULA prefix of nobody's (RFC 3927, 4193)
+_UPLINK, _UPLINK6 = "169.254.77", "fdc9:9d2b:5c1e:77::"
 # seconds until such a program must have set the namespace up
 START = 15.0
 
@@ -70,7 +72,11 @@ def _try(port: Port, number: int) -> int:
         try:
             probe.bind((port.host_ip, number))
         except OSError as error:
-            hint = "; ports below 1024 are root's" if isinstance(error, PermissionError) else ""
+            hint = (
+                "; low ports are root's: sysctl net.ipv4.ip_unprivileged_port_start"
+                if isinstance(error, PermissionError)
+                else ""
+            )
             raise FailedPrecondition(
                 f"can't publish port {port.host_ip or '*'}:{number}: {error.strerror}{hint}"
             ) from None
@@ -90,9 +96,31 @@ async def attach(program: str, netns: str, endpoint: Endpoint, ports: Sequence[P
         await _slirp(program, netns, endpoint, ports, folder)
 
 
-async def _pasta(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str) -> None:
+async def uplink(program: str, netns: str, folder: str) -> None:
+    """Start `program` for a namespace with bridges of ours.
+
+    What is on them reaches the host by all of the host's addresses: the namespace has none of them, as a container has
+    that has no neighbours. Raises FailedPrecondition with what the program said.
+    """
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    endpoint = Endpoint("", "", "outside")
+    if os.path.basename(program) != "pasta":
+        await _slirp(program, netns, endpoint, (), folder, "--cidr", f"{_UPLINK}.0/24", "--enable-ipv6")
+        return
+    more = ["-a", f"{_UPLINK}.2", "-n", "255.255.255.0", "-g", f"{_UPLINK}.1"]
+    if any(route.endswith("/0") for route in _routes6()):
+        more += ["-a", f"{_UPLINK6}2", "-g", f"{_UPLINK6}1"]
+    await _pasta(program, netns, endpoint, (), folder, *more)
+
+
+def attached(folder: str) -> bool:
+    """Whether the program whose files are in `folder` runs."""
+    return _running(folder) != 0
+
+
+async def _pasta(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str, *more: str) -> None:
     words = [program, "--quiet", "--config-net", "--netns-only", "--no-map-gw", "--ns-ifname", endpoint.interface]
-    words += ["--dns-forward", PASTA_DNS, "-P", os.path.join(folder, "pid"), "-T", "none", "-U", "none"]
+    words += ["--dns-forward", PASTA_DNS, "-P", os.path.join(folder, "pid"), "-T", "none", "-U", "none", *more]
     for protocol, flag in (("tcp", "-t"), ("udp", "-u")):
         specs = [
             f"{f'{port.host_ip}/' if port.host_ip else ''}{port.host_port}:{port.container_port}"
@@ -119,7 +147,7 @@ async def _pasta(program: str, netns: str, endpoint: Endpoint, ports: Sequence[P
     _note(folder)
 
 
-async def _slirp(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str) -> None:
+async def _slirp(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str, *more: str) -> None:
     api = os.path.join(folder, "api")
     ready, theirs = os.pipe()
     words = [
@@ -132,6 +160,7 @@ async def _slirp(program: str, netns: str, endpoint: Endpoint, ports: Sequence[P
         "path",
         "--api-socket",
         api,
+        *more,
     ]
     log = os.path.join(folder, "log")
     try:
@@ -204,11 +233,28 @@ def _note(folder: str) -> None:
 
 def detach(folder: str) -> None:
     """End the program of a namespace, and remove its files; one that is gone is fine."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "pid"), encoding="ascii") as file:
-        pid, started = map(int, file.read().split())
-        if is_alive(pid, started):
+    if pid := _running(folder):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _running(folder: str) -> int:
+    """The process that `_note` noted, 0 where it is none any more."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "pid"), encoding="ascii") as file:
+        pid, started = map(int, file.read().split())
+        return pid if is_alive(pid, started) else 0
+    return 0
+
+
+def _routes6() -> list[str]:
+    """The destinations of the host's IPv6 routes by interfaces other than the loopback, as the kernel prints them."""
+    try:
+        with open("/proc/net/ipv6_route", encoding="ascii") as file:
+            rows = [line.split() for line in file]
+    except FileNotFoundError:
+        return []
+    return [f"{row[0]}/{int(row[1], 16)}" for row in rows if row[-1] != "lo"]
 
 
 def _last(said: bytes) -> str:

@@ -25,7 +25,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from wherry.core.errors import Code, InvalidArgument, NotFound, WherryError
 from wherry.core.failpoints import reach
-from wherry.network import nft
+from wherry.network import hub, nft
 from wherry.network.conntrack import forget
 from wherry.network.links import Links, refused
 from wherry.network.model import USERS
@@ -44,6 +44,7 @@ class Worker:
             "withdraw": self.withdraw,
             "detach": self.detach,
             "namespace": self.namespace,
+            "hub": self.hub,
             "network": self.network,
             "remove_network": self.remove_network,
             "rules": self.rules,
@@ -100,6 +101,10 @@ class Worker:
     def namespace(self, request: Request) -> None:
         """A namespace alone, for CNI: its plugins do the rest."""
         self._links.make_namespace(request["netns"], request.get("users"))
+
+    def hub(self, request: Request) -> int:
+        """The number of the namespace that this process is in: an ordinary user's, which is there from now on."""
+        return os.stat("/proc/self/ns/net").st_ino
 
     def network(self, request: Request) -> None:
         """A network's bridge, and `rules`."""
@@ -205,12 +210,14 @@ def serve(control: socket.socket, worker: Worker, instance: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m wherry.network.worker INSTANCE FD`."""
-    instance, descriptor = (sys.argv[1:] if arguments is None else list(arguments))[:2]
+    """`python -m wherry.network.worker INSTANCE FD [HUB]`; HUB: the file of an ordinary user's network namespace."""
+    instance, descriptor, *hubs = sys.argv[1:] if arguments is None else list(arguments)
     # a terminal's signals are for the daemon, which ends this process by closing the socket
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are nobody's business
+    for path in hubs:
+        hub.enter(path)
     with contextlib.suppress(ConnectionError):
         serve(socket.socket(fileno=int(descriptor)), Worker(instance), instance)
     return 0

@@ -22,8 +22,9 @@ _LINE_LIMIT = 64 << 20
 class WorkerClient:
     """Requests to `wherry.network.worker`. For one event loop."""
 
-    def __init__(self, instance: str, python: str = sys.executable) -> None:
-        self._instance, self._python = instance, python
+    def __init__(self, instance: str, hub: str = "", python: str = sys.executable) -> None:
+        """`hub` is the file of the network namespace with an ordinary user's bridges, which the worker makes."""
+        self._instance, self._hub, self._python = instance, hub, python
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._starting = asyncio.Lock()
@@ -101,6 +102,7 @@ class WorkerClient:
                     "wherry.network.worker",
                     self._instance,
                     str(theirs.fileno()),
+                    *([self._hub] if self._hub else []),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,

@@ -47,8 +47,9 @@ async def execute(
     *,
     variables: Mapping[str, str],
     seconds: float,
+    within: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run a plugin's command; its answer, {} where it gives none.
+    """Run a plugin's command, by the command `within`; its answer, {} where it gives none.
 
     Raises NotFound for a plugin that isn't there, PluginError, DeadlineExceeded after `seconds`.
     """
@@ -59,6 +60,7 @@ async def execute(
     try:
         # a session of its own: what a plugin leaves running ends with it
         process = await asyncio.create_subprocess_exec(
+            *within,
             path,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import signal
 import subprocess
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,90 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests import busybox
-from tests.peers import missing, need
+from tests import busybox, users
+from tests.peers import need
+from tests.users import User
 from wherry.linux.rootless import Range, granted
-
-# other users can't look into root's home, where the interpreter of the tests may be
-PYTHON = "/usr/bin/python3"
-TREE = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def install(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An environment that every user can read, with Wherry in it."""
-    if not os.path.exists(PYTHON):
-        missing(f"{PYTHON} is missing: apt-get install python3")
-    folder = Path(tempfile.mkdtemp(prefix="rootless-", dir="/tmp"))
-    try:
-        subprocess.run([PYTHON, "-m", "venv", folder / "venv"], check=True)
-        folder.chmod(0o755)
-        subprocess.run([folder / "venv/bin/pip", "install", "-q", str(TREE)], check=True, capture_output=True)
-        yield folder / "venv/bin"
-    finally:
-        shutil.rmtree(folder)
-
-
-class User:
-    """Somebody who isn't root, with a home and a runtime folder, and everything that they start."""
-
-    def __init__(self, name: str, uid: int, bin_: Path) -> None:
-        self.uid = uid
-        self.folder = Path(tempfile.mkdtemp(prefix=f"user-{name}-", dir="/tmp"))
-        self.bin = bin_
-        for part in (self.folder, self.folder / "home", self.folder / "run"):
-            part.mkdir(exist_ok=True)
-            os.chown(part, uid, uid)
-        self.run = self.folder / "run"
-        self.address = str(self.run / "wherry/wherryd.sock")
-        archive = self.folder / "busybox.tar"
-        busybox.write_archive(archive)
-        self.archive = str(archive)
-        self.more: dict[str, str] = {}
-
-    def environment(self) -> dict[str, str]:
-        path = f"{self.bin}:/usr/bin:/bin:/usr/sbin:/sbin"
-        return {"HOME": str(self.folder / "home"), "XDG_RUNTIME_DIR": str(self.run), "PATH": path, **self.more}
-
-    def __call__(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--init-groups", "wherry", *args]
-        done = subprocess.run(
-            command, env=self.environment(), capture_output=True, text=True, timeout=100, cwd="/", check=False
-        )
-        if check:
-            assert done.returncode == 0, done.stderr
-        return done
-
-    def processes(self) -> list[int]:
-        found = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                line = Path(f"/proc/{name}/cmdline").read_bytes()
-                if str(self.folder).encode() in line or (
-                    b"wherry" in line and os.stat(f"/proc/{name}").st_uid == self.uid
-                ):
-                    found.append(int(name))
-        return found
-
-    def close(self) -> None:
-        for _ in range(20):
-            for pid in self.processes():
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-            if not self.processes():
-                break
-        shutil.rmtree(self.folder)
 
 
 @pytest.fixture
-def barrow(install: Path) -> Iterator[User]:
+def barrow() -> Iterator[User]:
     """A user with ids in /etc/subuid."""
-    need("newuidmap")
-    if subprocess.run(["id", "barrow"], capture_output=True, check=False).returncode:
-        subprocess.run(["useradd", "-m", "barrow"], check=True)
-    uid = int(subprocess.run(["id", "-u", "barrow"], capture_output=True, text=True, check=True).stdout)
-    assert granted("/etc/subuid", "barrow", uid)
-    user = User("barrow", uid, install)
+    user = users.of_host("barrow")
+    assert granted("/etc/subuid", "barrow", user.uid)
     try:
         yield user
     finally:
@@ -106,9 +29,9 @@ def barrow(install: Path) -> Iterator[User]:
 
 
 @pytest.fixture
-def nobody(install: Path) -> Iterator[User]:
+def nobody() -> Iterator[User]:
     """A user without any other id."""
-    user = User("nobody", 65534, install)
+    user = User("nobody", 65534)
     try:
         yield user
     finally:
@@ -165,12 +88,8 @@ def test_a_limit_that_can_not_be_had_is_refused(barrow: User) -> None:
 
 @pytest.fixture
 def tun() -> Iterator[None]:
-    """/dev/net/tun as every distribution's udev has it: for everybody."""
-    device = Path("/dev/net/tun")
-    mode = device.stat().st_mode & 0o777
-    device.chmod(0o666)
-    yield
-    device.chmod(mode)
+    with users.devices("net/tun"):
+        yield
 
 
 @pytest.mark.usefixtures("tun")
@@ -196,7 +115,7 @@ def test_a_network_with_a_published_port(barrow: User, program: str) -> None:
     assert taken.returncode == 125
     assert f"can't publish port 127.0.0.1:{port}" in taken.stderr
     other = barrow("run", "--rm", "--net", "other", busybox.NAME, "true", check=False)
-    assert "without root there is one network alone" in other.stderr
+    assert 'network "other": not found' in other.stderr
     barrow("rm", "-f", "web")
     end = time.monotonic() + 30
     while any(program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in barrow.processes()):
