@@ -52,6 +52,8 @@ T = TypeVar("T")
 _AT_ONCE = max(2, len(os.sched_getaffinity(0)))
 _SHARE = 0.25
 _CREATE = 120.0  # mounts, hooks and the runtime's own start
+# a shim that said that it leaves tells first what the daemon hasn't confirmed, for 5 s at most (containerd's and ours)
+_FLUSH = 6.0
 # seconds that a listing waits for shims that the daemon has found at its start and not heard from yet
 _LATE = 1.0
 
@@ -296,17 +298,21 @@ class Shims:
     async def _leave(self, shim: Shim, *, now: bool) -> bool:
         """Tell a shim to exit and wait until it has; one that doesn't is killed. Whether it said that it would.
 
+        One that did has the time to tell its last events: a daemon with much to do may be slow to confirm them.
+
         One that others use stays.
         """
         async with self._group(shim):
             answered = shared = self._starter.shared(shim)
             self._starter.drop(shim)
+            patience = self._limits.shutdown
             if shim.connected and not shared:
                 with contextlib.suppress(WherryError):
                     request = task.ShutdownRequest(id=shim.bundle.id, now=now)
                     await shim.call("Shutdown", request, empty_pb2.Empty, self._limits.shutdown)
                     answered = True
-                if not await shim.wait_closed(self._limits.shutdown):
+                    patience += _FLUSH
+                if not await shim.wait_closed(patience):
                     log.warning("shim does not leave, it is killed", namespace=shim.key[0], id=shim.key[1])
                     self._starter.kill(shim)
             await shim.hang_up()

@@ -151,6 +151,7 @@ def preload() -> None:
     import fcntl  # noqa: F401
     import math  # noqa: F401
     import select  # noqa: F401
+    import signal  # noqa: F401
 
     from wherry.linux import cgroups
     from wherry.linux.cgroups import (  # noqa: F401
@@ -332,11 +333,14 @@ def forked(function: Callable[..., T], *args: object, **kwargs: object) -> T:
 
 
 def _answer(writer: int, function: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    import signal
+
     from wherry.linux import syscalls
 
     answer: dict[str, object]
     try:
         syscalls.reset_signals()
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as the interpreter has it: a pipe that nobody reads is an error
         answer = {"result": function(*args, **kwargs)}
     except ContainerError as error:
         answer = {"error": error.message, "kind": error.kind}

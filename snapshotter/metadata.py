@@ -76,24 +76,30 @@ class Metadata:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        self._db = _connect(path)
+        # of its own, so that a checkpoint keeps no writer waiting; kept, because SQLite holds on to the descriptor of a
+        # connection that is closed while another one has locks
+        self._checkpointer = _connect(path)
+        self._checkpointing = threading.Lock()
         try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA wal_autocheckpoint=0")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA foreign_keys=ON")
             self._migrate()
+            self._checkpointer.execute("PRAGMA synchronous=NORMAL")
+            self._checkpointer.execute("PRAGMA schema_version").fetchone()  # opens what it opens now, not later
             self._wal = os.open(path + "-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with suppress(OSError):  # a file system that can't is no reason not to run
                 reserve(self._wal, WAL_RESERVE)
         except sqlite3.DatabaseError as error:
-            self._db.close()
+            self._close()
             raise DataLoss(f"snapshots' metadata at {path} can't be read: {error}") from error
 
     def _migrate(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
-            self._db.close()
+            self._close()
             raise FailedPrecondition(
                 f"snapshots' metadata at {self._path} has schema {version}, made by a newer Wherry;"
                 f" this one knows up to {SCHEMA_VERSION}"
@@ -103,10 +109,14 @@ class Metadata:
 
     def close(self) -> None:
         """Close the database; the WAL is checkpointed with it."""
-        self._db.close()
+        self._close()
         if self._wal >= 0:
             os.close(self._wal)
             self._wal = -1
+
+    def _close(self) -> None:
+        self._checkpointer.close()
+        self._db.close()
 
     @contextmanager
     def write(self, *, durable: bool = False) -> Iterator[None]:
@@ -131,12 +141,8 @@ class Metadata:
                 return
         except FileNotFoundError:
             return
-        db = sqlite3.connect(self._path, isolation_level=None, timeout=10)
-        try:
-            db.execute("PRAGMA synchronous=NORMAL")
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        finally:
-            db.close()
+        with self._checkpointing:
+            self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     # reading
 
@@ -309,3 +315,8 @@ def _adaptor(info: Info) -> Callable[[Sequence[str]], str | None]:
         return {"kind": info.kind.name.lower(), "name": info.name, "parent": info.parent}.get(path[0])
 
     return field
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    """A connection for any thread, one at a time."""
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)

@@ -93,6 +93,23 @@ os.read(ready, 1)
 print(json.dumps({"version": 3, "address": address, "protocol": "grpc"}))
 """
 
+# one that takes four seconds to leave, as one does whose last events the daemon is too busy to confirm
+LINGERS = """
+OURS[3] = '''
+import os
+from wherry.shim import serving
+from wherry.shim.bootstrap import main
+end = serving.Life._end
+async def late(life):
+    await life.loop.sleep(4)
+    await end(life)
+    open(os.getcwd() + "/../../../left", "w").close()
+serving.Life._end = late
+main()
+'''
+sys.exit(subprocess.run(OURS, input=given).returncode)
+"""
+
 # one of tomorrow
 NEWER = """
 print(json.dumps({"version": 4, "address": "unix:///nowhere", "protocol": "ttrpc"}))
@@ -111,6 +128,7 @@ KINDS = {
     "result": RESULT,
     "params": PARAMS,
     "grpc": GRPC,
+    "lingers": LINGERS,
     "newer": NEWER,
     "silent": SILENT,
     "fails": FAILS,

@@ -109,6 +109,14 @@ def test_a_strange_shim_that_is_killed(daemon: Wherryd, flags: list[str]) -> Non
     assert daemon.settle(15) == []
 
 
+def test_a_shim_that_takes_its_time_to_leave_is_not_killed(daemon: Wherryd) -> None:
+    """It still has events to tell; nobody waits for it but who wants its name."""
+    daemon.ctr("run", "--rm", "--runtime", "test.lingers.v1", BUSYBOX, "late", "true")
+    assert state_of(daemon, "late") == ""
+    assert daemon.settle(20) == []
+    assert (daemon.state / "left").exists(), daemon.log_text()[-3000:]
+
+
 def test_what_a_new_shim_reads(daemon: Wherryd) -> None:
     """Field by field, as containerd 2.3 writes it."""
     flags = ["--runtime", "test.params.v1"]

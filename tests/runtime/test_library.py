@@ -125,3 +125,18 @@ assert os.waitpid(pid, 0) == (pid, 0)
 container.delete(root, "user")
 """
     drive(bundle, body)
+
+
+def test_a_pipe_that_nobody_reads_is_an_error_in_a_forked_child(bundle: Bundle) -> None:
+    body = """
+def write():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        os.write(writer, b"x")
+    except BrokenPipeError:
+        return "told"
+print(container.forked(write))
+os.mkdir(root)
+"""
+    assert drive(bundle, body) == ["told"]

@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -203,3 +205,34 @@ async def modules(shim: Shim) -> list[str]:
             await asyncio.sleep(0.005)
     line = next(line for line in text.splitlines() if b"modules=" in line)
     return str(json.loads(line.split(b"modules=", 1)[1])).split()
+
+
+WALK = """
+import os, signal, sys
+from wherry.linux.process import set_child_subreaper
+from wherry.runtime import container, make
+from wherry.runtime.errors import ContainerError
+from wherry.shim import warming_runtime
+container.preload()
+set_child_subreaper()
+def die(plan, pid):
+    os.kill(os.getpid(), signal.SIGKILL)
+make.record = die
+try:
+    warming_runtime.walk_runtime(sys.argv[1] + "/walk", 1)
+except ContainerError as error:
+    print(error.message)
+try:
+    os.waitpid(-1, os.WNOHANG)
+except ChildProcessError:
+    print("no children")
+"""
+
+
+def test_a_walk_that_is_cut_short_leaves_no_zombie(tmp_path: Path) -> None:
+    """On a busy machine the maker of the first container was killed by SIGPIPE: its init was a zombie of the fork
+    server's for life."""
+    done = subprocess.run(
+        [sys.executable, "-c", WALK, tmp_path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.splitlines() == ["the runtime died (wait status 9)", "no children"], done.stderr
