@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -274,9 +274,17 @@ def test_a_checkpoint_opens_nothing_more(tmp_path: Path, monkeypatch: pytest.Mon
     try:
         made.prepare("one", "")
         made.remove("one")
-        before = len(os.listdir("/proc/self/fd"))
+        before = _open_below(tmp_path)
         for _ in range(3):
             made._metadata.checkpoint()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert _open_below(tmp_path) == before
     finally:
         made.close()
+
+
+def _open_below(folder: Path) -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sorted(name for name in found if name.startswith(str(folder)))
