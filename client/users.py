@@ -96,7 +96,7 @@ def layers(mounts: Iterable[Mount]) -> list[str]:
     """The directories that a snapshot's mounts put on top of each other, the topmost first."""
     found: list[str] = []
     for mount in mounts:
-        if mount.type == "overlay":
+        if mount.type in {"overlay", "fuse3.fuse-overlayfs"}:
             options = dict(option.partition("=")[::2] for option in mount.options)
             upper = options.get("upperdir")
             found += [upper] if upper else []

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 
-from wherry.core import platforms
-from wherry.core.errors import InvalidArgument
-from wherry.daemon.config import Config
+import structlog
+
+from wherry.core import places, platforms
+from wherry.core.errors import FailedPrecondition, InvalidArgument
+from wherry.daemon.config import Config, Overlayfs
 from wherry.daemon.config import Snapshotter as Options
 from wherry.daemon.metadata import Metadata
 from wherry.daemon.plugins import Plugins
+from wherry.linux import fuse
 from wherry.snapshotter import remap
 from wherry.snapshotter.interface import Snapshotter
 from wherry.snapshotter.native import NativeSnapshotter
 from wherry.snapshotter.overlayfs import OverlaySnapshotter
 from wherry.snapshotter.proxy import ProxySnapshotter
 
+log = structlog.get_logger(__name__)
 KIND = "io.containerd.snapshotter.v1"
 BUILT_IN = frozenset(("native", "overlayfs"))
 
@@ -42,14 +46,42 @@ def load_local(plugins: Plugins, config: Config) -> dict[str, Snapshotter]:
         with plugins.load(
             KIND, "overlayfs", platforms=here, exports={"root": folder}, capabilities=capabilities, optional=True
         ):
-            found["overlayfs"] = OverlaySnapshotter(
-                folder,
-                upperdir_label=options.upperdir_label,
-                mount_options=options.mount_options,
-                sync_remove=options.sync_remove,
-                slow_chown=options.slow_chown,
-            )
+            found["overlayfs"] = _users(folder, options) if places.is_users() else _overlay(folder, options)
     return found
+
+
+def _overlay(folder: str, options: Overlayfs, mount_type: str = "overlay") -> OverlaySnapshotter:
+    return OverlaySnapshotter(
+        folder,
+        upperdir_label=options.upperdir_label,
+        mount_options=options.mount_options,
+        sync_remove=options.sync_remove,
+        slow_chown=options.slow_chown,
+        mount_type=mount_type,
+    )
+
+
+def _users(folder: str, options: Overlayfs) -> Snapshotter:
+    """An ordinary user's, which is what everything asks for by default: by the best of what the host lets it do.
+
+    Tried out; WHERRY_OVERLAY says it for certain. Where copies were kept, copies stay: the others wouldn't find them.
+    Raises FailedPrecondition where what is asked for doesn't work.
+    """
+    asked = os.environ.get("WHERRY_OVERLAY", "")
+    if asked not in {"", "kernel", "fuse", "copies"}:
+        raise InvalidArgument(f"WHERRY_OVERLAY={asked}: there are kernel, fuse and copies")
+    copies = f"{folder}-copies"
+    if not asked and os.path.isdir(copies):
+        asked = "copies"
+    for name, mount_type in (("kernel", "overlay"), ("fuse", fuse.OVERLAY)):
+        if asked in {"", name}:
+            try:
+                return _overlay(folder, options, mount_type)
+            except FailedPrecondition as error:
+                if asked:
+                    raise
+                log.warning("overlayfs: another way is taken", without=name, reason=error.message)
+    return NativeSnapshotter(copies)
 
 
 async def load_proxies(plugins: Plugins, config: Config, metadata: Metadata) -> dict[str, Snapshotter]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 
-from wherry.linux import idmapped
+from wherry.linux import fuse, idmapped
 from wherry.linux import syscalls as sc
 
 TYPE_CHECKING = False
@@ -219,6 +219,8 @@ def mount(type: str, source: str, target: str, options: Iterable[str], *, shown:
     try:
         if opts.propagation and not type and not source:
             pass  # only the propagation of what is there changes
+        elif type == fuse.OVERLAY:
+            fuse.mount(target, ("ro",) if opts.flags & sc.MS_RDONLY else (), opts.data)
         elif opts.maps:
             _mount_mapped(type, source, target, opts)
         elif len(opts.data) > PAGE_LIMIT and type == "overlay":

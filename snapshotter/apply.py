@@ -15,7 +15,7 @@ import os
 import stat
 from contextlib import suppress
 
-from wherry.core.errors import InvalidArgument
+from wherry.core.errors import FailedPrecondition, InvalidArgument
 from wherry.snapshotter import tar
 from wherry.snapshotter.below import ROOT, adopt, copy_up, is_below
 from wherry.snapshotter.limits import too_many
@@ -78,15 +78,26 @@ class LayerApplier:
                 if count == stop:
                     raise too_many(f"the layer has {count} entries or more", self._limit, "layer_entries")
                 name = member.name
+                if self._root.one_id:
+                    member.uid, member.gid = self._uid, self._gid
                 try:
                     self._apply(member, name if is_clean(name) else clean(name))
                 except OSError as error:
-                    raise _named(error, member) from error
+                    raise self._explained(error, member) from error
             self._finish()
         finally:
             self._forget_directories()
             self._close_stale()
         return count
+
+    def _explained(self, error: OSError, member: Member) -> Exception:
+        if error.errno == errno.EINVAL and self._root.user_namespace and (member.uid or member.gid):
+            # chown(2): an id that the namespace doesn't know
+            return FailedPrecondition(
+                f"{_text(member.name)} belongs to {member.uid}:{member.gid}, an id that this user wasn't granted: see "
+                "/etc/subuid and /etc/subgid (wherry doctor): failed precondition"
+            )
+        return _named(error, member)
 
     def _apply(self, member: Member, name: bytes) -> None:
         if self._stale:
@@ -254,7 +265,8 @@ class LayerApplier:
                 else:
                     os.setxattr(target, key, value, follow_symlinks=False)
             except OSError as error:
-                if error.errno != errno.ENOTSUP:  # a file system without them: containerd goes on too
+                # a file system without them: containerd goes on too; `trusted.` is for the host's root alone
+                if error.errno != errno.ENOTSUP and not (error.errno == errno.EPERM and self._root.user_namespace):
                     raise
             if key == "system.posix_acl_default":
                 self._exact = True

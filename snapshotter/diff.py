@@ -15,6 +15,7 @@ from typing import Any
 
 from wherry.core.errors import FailedPrecondition
 from wherry.linux import syscalls as sc
+from wherry.linux.fuse import OVERLAYS
 from wherry.linux.mounts import Mount, mount_all, split_escaped
 from wherry.snapshotter import remap, tar
 from wherry.snapshotter.output import Output
@@ -23,7 +24,7 @@ from wherry.snapshotter.tarwrite import TarWriter, padding
 
 _STEP = 256 << 10
 _SECOND = 1_000_000_000
-_OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
+_OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque", "user.fuseoverlayfs.opaque")
 _OF_WRITING = frozenset(("upperdir", "workdir", "lowerdir", "rw", "uidmap", "gidmap"))
 
 
@@ -68,7 +69,7 @@ def chain(mounts: Sequence[Mount]) -> list[str] | None:
     mount = mounts[0]
     if mount.type in ("bind", "rbind"):
         return [mount.source] if not mapped(mount) else None
-    if mount.type != "overlay":
+    if mount.type not in OVERLAYS:
         return None
     options = dict(option.partition("=")[::2] for option in mount.options)
     if "lowerdir+" in options:
@@ -131,13 +132,13 @@ def _enter_both(lower: Sequence[Mount], upper: Sequence[Mount]) -> None:
 def _read_only(mount: Mount) -> Mount:
     """A mount to look at: an overlay without its upper directory, which may be in use; with the owners that the files
     have, whatever a user namespace is shown."""
-    layers = chain([mount]) if mount.type == "overlay" else None
+    layers = chain([mount]) if mount.type in OVERLAYS else None
     if layers is None or len(layers) < 2:
         options = tuple(o for o in mount.options if o != "rw" and not o.startswith(("uidmap=", "gidmap=")))
         return Mount(mount.type, mount.source, mount.target, options if "ro" in options else ("ro", *options))
     kept = [o for o in mount.options if o.partition("=")[0] not in _OF_WRITING]
     joined = ":".join(layer.replace("\\", "\\\\").replace(":", "\\:") for layer in layers)
-    return Mount("overlay", "overlay", mount.target, ("ro", *kept, f"lowerdir={joined}"))
+    return Mount(mount.type, "overlay", mount.target, ("ro", *kept, f"lowerdir={joined}"))
 
 
 # what is written

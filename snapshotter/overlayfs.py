@@ -35,6 +35,8 @@ class OverlaySnapshotter(DirectorySnapshotter):
     each overlay mount (not to bind mounts), `async_remove` leaves files of removed snapshots to `cleanup()`,
     `slow_chown` leaves it to clients to give a user namespace's containers files of their own (see `remap.py`).
 
+    `mount_type` is the kernel's overlay, or fuse.OVERLAY, which keeps the same files.
+
     FailedPrecondition where the kernel or the file system below `root` can't do overlays (`check`).
     """
 
@@ -50,14 +52,16 @@ class OverlaySnapshotter(DirectorySnapshotter):
         sync_remove: bool = False,
         slow_chown: bool = False,
         check: bool = True,
+        mount_type: str = "overlay",
     ) -> None:
         if any(char in root for char in ",:\\"):
             raise InvalidArgument(f"overlayfs can't have layers under a path with a comma, colon or backslash: {root}")
         os.makedirs(root, mode=0o700, exist_ok=True)
         if check:
-            check_support(root)
+            check_support(root, mount_type)
         super().__init__(root, async_remove=async_remove, sync_remove=sync_remove)
-        self.remaps = not slow_chown and remap.supported()
+        self._mount_type = mount_type
+        self.remaps = not slow_chown and mount_type == "overlay" and remap.supported()
         self._upperdir_label = upperdir_label
         self._options = default_options(mount_options)
 
@@ -83,7 +87,7 @@ class OverlaySnapshotter(DirectorySnapshotter):
         if writable:
             options += [f"workdir={self.directory(record.id)}/work", f"upperdir={self.content(record.id)}"]
         options.append("lowerdir=" + ":".join(self.content(number) for number in chain))
-        return [Mount("overlay", "overlay", options=tuple(options))]
+        return [Mount(self._mount_type, "overlay", options=tuple(options))]
 
     def _commit_on(self, record: Record, parent: Record) -> None:
         layers = [self.content(number) for number in self._metadata.chain(parent.id)]
@@ -126,7 +130,7 @@ def default_options(mount_options: Sequence[str]) -> tuple[str, ...]:
     return tuple(options)
 
 
-def check_support(root: str) -> None:
+def check_support(root: str, mount_type: str = "overlay") -> None:
     """Mount an overlay of two lower directories below `root` for a moment; FailedPrecondition if that fails."""
     try:
         with tempfile.TemporaryDirectory(prefix="check-", dir=root) as directory:
@@ -135,7 +139,7 @@ def check_support(root: str) -> None:
             layers = f"lowerdir={directory}/lower2:{directory}/lower1"
             upper = (f"upperdir={directory}/upper", f"workdir={directory}/work")
             merged = f"{directory}/merged"
-            Mount("overlay", "overlay", options=(*default_options(()), layers, *upper)).mount(merged)
+            Mount(mount_type, "overlay", options=(*default_options(()), layers, *upper)).mount(merged)
             unmount_all(merged)
     except OSError as error:
         raise FailedPrecondition(f"overlayfs doesn't work below {root}: {error}: failed precondition") from error

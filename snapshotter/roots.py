@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from wherry.core.errors import FailedPrecondition
 from wherry.linux import capabilities
 from wherry.linux import syscalls as sc
+from wherry.linux.fuse import OVERLAYS
 from wherry.linux.mounts import Mount, mount_all, split_escaped
 
 MOUNTPOINT = "/sys"
@@ -26,7 +27,8 @@ class Root:
     """What was entered. Paths are relative to the working directory, which is its root.
 
     overlay: whiteouts are kept as overlay's, opaque directories by the attribute `opaque`; layers: descriptors of the
-    layers below, the nearest first; fresh: there was nothing in it; user_namespace: this process is in one of its own.
+    layers below, the nearest first; fresh: there was nothing in it; user_namespace: this process is in one of its own;
+    one_id: in which there is one user alone, who owns everything.
     """
 
     overlay: bool
@@ -34,6 +36,7 @@ class Root:
     layers: list[int] = field(default_factory=list)
     fresh: bool = True
     user_namespace: bool = False
+    one_id: bool = False
 
 
 def direct(mounts: Sequence[Mount]) -> tuple[str, list[str], bool] | None:
@@ -44,7 +47,7 @@ def direct(mounts: Sequence[Mount]) -> tuple[str, list[str], bool] | None:
     mount = mounts[0]
     if mount.type in ("bind", "rbind", "") and set(mount.options) <= {"rw", "rbind", "bind"}:
         return (mount.source, [], False) if {"rbind", "bind"} & {mount.type, *mount.options} else None
-    if mount.type != "overlay" or "ro" in mount.options:
+    if mount.type not in OVERLAYS or "ro" in mount.options:
         return None
     options = dict(option.partition("=")[::2] for option in mount.options)
     upper, lower = options.get("upperdir"), options.get("lowerdir")
@@ -63,12 +66,13 @@ def enter(mounts: Sequence[Mount], *, overlay: bool | None) -> Root:
             path = MOUNTPOINT
         else:
             path, layers, user = found
-            root = Root(overlay=mounts[0].type == "overlay" if overlay is None else overlay)
+            root = Root(overlay=mounts[0].type in OVERLAYS if overlay is None else overlay)
             if user:
                 root.opaque = "user.overlay.opaque"
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             root.layers = [os.open(layer, flags) for layer in layers]
         root.user_namespace = in_user_namespace()
+        root.one_id = root.user_namespace and _has_one_id()
         confine(path)
     except OSError as error:
         raise FailedPrecondition(f"the snapshot's mounts can't be mounted: {error}: failed precondition") from error
@@ -96,6 +100,15 @@ def in_user_namespace() -> bool:
     try:
         with open("/proc/self/uid_map", "rb") as file:  # as bytes: this process loads no codecs any more
             return file.read().split() != [b"0", b"0", b"4294967295"]
+    except OSError:
+        return False
+
+
+def _has_one_id() -> bool:
+    """Whether no second user is known here: what an ordinary user has to whom no ids were granted."""
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            return file.read().split()[2:] == [b"1"]
     except OSError:
         return False
 
