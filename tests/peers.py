@@ -36,6 +36,9 @@ PACKAGES = {
     "ip": "iproute2",
     "nsenter": "util-linux",
     "dbus-daemon": "dbus-daemon",
+    "node": "nodejs",
+    "npm": "npm",
+    "openssl": "openssl",
 }
 REQUIRED = os.environ.get("WHERRY_REQUIRE_PEERS") == "1"
 

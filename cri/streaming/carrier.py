@@ -19,6 +19,10 @@ class Carrier(Protocol):
     async def drain(self) -> None:
         """Wait until not too much waits to be sent. Raises ConnectionError where nobody is there any more."""
 
+    @property
+    def congested(self) -> bool:
+        """Whether more waits to be sent than should."""
+
     def hold(self, held: bool) -> None:
         """Read no more for the time being."""
 
@@ -83,6 +87,11 @@ class Raw(asyncio.Protocol):
         await self._room.wait()
         if self._ended:
             raise ConnectionResetError("the client is gone")
+
+    @property
+    def congested(self) -> bool:
+        """See Carrier."""
+        return not self._room.is_set()
 
     def hold(self, held: bool) -> None:
         """See Carrier."""

@@ -120,6 +120,10 @@ class _Tunnel:
         if self.ended:
             raise ConnectionResetError("the client is gone")
 
+    @property
+    def congested(self) -> bool:
+        return len(self._out) > _UNSENT
+
     def hold(self, held: bool) -> None:
         if held:
             self._readable.clear()

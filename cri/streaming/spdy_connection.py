@@ -8,13 +8,21 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
+import structlog
+
 from wherry.cri.streaming import spdy
 from wherry.cri.streaming.carrier import Carrier
 
+log = structlog.get_logger(__name__)
+
 # bytes of one stream that nobody has read yet, above which the connection isn't read: for peers that know no windows
 _BACKLOG: Final = 256 << 10
+# bytes of answers (to pings, of streams refused) to a peer that doesn't read them, above which it is cut off
+_MAX_CHATTER: Final = 1 << 20
 # seconds that a peer gets to close a connection on which everything has been said
 _PARTING: Final = 5.0
+# Kubernetes' servers answer without headers; the protocol wants these, and stricter clients do
+_ACCEPTED: Final = {":status": "200 OK", ":version": "HTTP/1.1"}
 
 
 class SpdyStream:
@@ -95,6 +103,7 @@ class SpdyConnection:
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._held = False
+        self._chatter = 0
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection is gone."""
         self._idle = idle
@@ -191,13 +200,19 @@ class SpdyConnection:
         self._touch()
         try:
             events = self._session.receive(data)
-        except spdy.ProtocolError:
+        except spdy.ProtocolError as error:
+            log.info("a stream's client broke the protocol", error=str(error))
             self.close()
             return
         for event in events:
             self._take(event)
         self._room.set()
-        self._flush()
+        self._chatter = self._chatter + self._flush() if self._carrier.congested else self._flush()
+        if self._chatter > _MAX_CHATTER:
+            log.info("a stream's client asks and doesn't read the answers")
+            self._carrier.abort()
+            self._end()
+            return
         if not self._held and any(stream.full for stream in self._streams.values()):
             self._held = True
             self._carrier.hold(True)
@@ -209,7 +224,7 @@ class SpdyConnection:
             stream = self._streams[event.stream] = SpdyStream(self, event.stream, event.headers)
             if event.fin:
                 stream.take(b"", fin=True)
-            self._session.reply(event.stream)
+            self._session.reply(event.stream, _ACCEPTED)
             self._opened.append(stream)
             self._news.set()
         elif isinstance(event, spdy.Data):
@@ -223,10 +238,12 @@ class SpdyConnection:
             if gone is not None:
                 gone.break_off()
 
-    def _flush(self) -> None:
+    def _flush(self) -> int:
+        """Hands what is to be sent to the carrier; how much it was."""
         out = self._session.take()
         if out:
             self._carrier.write(out)
+        return len(out)
 
     def _touch(self) -> None:
         if self._timer is not None:

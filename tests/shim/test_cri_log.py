@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import Message
 
 from tests.shim.harness import Lab
 from wherry.core import container_logs
@@ -299,10 +300,12 @@ def test_a_client_that_reads_nothing_is_cut_off_and_the_log_goes_on(
 # -- a real shim ------------------------------------------------------------------------------------------------------
 
 
-async def ask(lab: Lab, method: str, container: str, **fields: str) -> None:
+async def ask(lab: Lab, method: str, container: str, stdout: str = "", exec_id: str = "") -> None:
     shim = next(each for each in lab.shims if each.id == container)
-    kind = task_v2_pb2.ExecProcessRequest if method == "Attach" else task_v2_pb2.StateRequest
-    await shim.call(method, kind(id=container, **fields), service=STREAMS)
+    request: Message = task_v2_pb2.StateRequest(id=container, exec_id=exec_id)
+    if method == "Attach":
+        request = task_v2_pb2.ExecProcessRequest(id=container, exec_id=exec_id, stdout=stdout)
+    await shim.call(method, request, service=STREAMS)
 
 
 async def wait_for(path: Path, text: bytes) -> None:
