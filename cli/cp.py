@@ -14,13 +14,13 @@ from wherry.cli.table import Command
 from wherry.cli.terminal import is_terminal
 from wherry.client import copies
 from wherry.client.changes import changes
-from wherry.client.copies import Place
 from wherry.client.finding import find
 from wherry.core.errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
     from wherry.client.containers import Container
+    from wherry.client.files import Root
 
 
 def split(text: str) -> tuple[str, str]:
@@ -40,10 +40,11 @@ async def cp(session: Session, args: argparse.Namespace) -> None:
         )
     container = await find(session.client, source[0] or target[0])
     place = await copies.place_of(session.client, container)
-    if source[0]:
-        _out(place, _absolute(source[1]), target[1], follow=args.follow_link)
-    else:
-        _in(place, source[1], _absolute(target[1]), args)
+    with place.root() as root:
+        if source[0]:
+            _out(root, _absolute(source[1]), target[1], follow=args.follow_link)
+        else:
+            _in(root, source[1], _absolute(target[1]), args)
 
 
 def _absolute(path: str) -> str:
@@ -51,20 +52,20 @@ def _absolute(path: str) -> str:
     return path if path.startswith("/") else f"/{path}"
 
 
-def _out(place: Place, path: str, target: str, *, follow: bool) -> None:
+def _out(root: Root, path: str, target: str, *, follow: bool) -> None:
     contents = path.endswith(("/.", "/")) and path.strip("/.") != ""
     clean = posixpath.normpath(path)
     if target == "-":
         if is_terminal(1):
             raise InvalidArgument("an archive isn't for a terminal: send it on, as in 'wherry cp web:/etc - | tar t'")
-        with copies.packed(place, clean, follow=follow) as archive:
-            _pump(archive, sys.stdout.buffer)
+        root.pack(clean, sys.stdout.buffer, follow=follow)
+        sys.stdout.flush()
         return
-    entry = copies.stat_path(place, clean, follow=follow)
+    entry = root.stat(clean, follow=follow)
     into, name = _host_target(target, entry.name, is_dir=entry.is_dir, contents=path.endswith("/."))
     if contents and path.endswith("/.") and not entry.is_dir:
         raise InvalidArgument(f"{path} in the container is not a directory")
-    with copies.packed(place, clean, follow=follow) as archive:
+    with copies.packed(root, clean, follow=follow) as archive:
         _extract(archive, into, name)
 
 
@@ -101,20 +102,20 @@ def _extract(archive: IO[bytes], folder: str, name: str) -> None:
         pass
 
 
-def _in(place: Place, source: str, path: str, args: argparse.Namespace) -> None:
+def _in(root: Root, source: str, path: str, args: argparse.Namespace) -> None:
     if source == "-":
-        copies.unpack(place, posixpath.normpath(path), sys.stdin.buffer)
+        root.unpack(posixpath.normpath(path), sys.stdin.buffer)
         return
     contents = source.endswith("/.")
     real = os.path.realpath(source) if args.follow_link else os.path.abspath(source)
     if not os.path.lexists(real):
         raise NotFound(f"{source}: no such file or directory")
-    folder, name = _container_target(place, path, os.path.basename(os.path.abspath(source)), real, contents=contents)
+    folder, name = _container_target(root, path, os.path.basename(os.path.abspath(source)), real, contents=contents)
     with tempfile.TemporaryFile() as spool:
         with tarfile.open(fileobj=spool, mode="w", format=tarfile.PAX_FORMAT) as archive:
             archive.add(real, arcname=name, filter=lambda member: _owned(member, keep=args.archive))
         spool.seek(0)
-        copies.unpack(place, folder, spool)
+        root.unpack(folder, spool)
 
 
 def _owned(member: tarfile.TarInfo, *, keep: bool) -> tarfile.TarInfo:
@@ -124,11 +125,11 @@ def _owned(member: tarfile.TarInfo, *, keep: bool) -> tarfile.TarInfo:
     return member
 
 
-def _container_target(place: Place, path: str, name: str, source: str, *, contents: bool) -> tuple[str, str]:
+def _container_target(root: Root, path: str, name: str, source: str, *, contents: bool) -> tuple[str, str]:
     """docker's rule, the other way round."""
     clean = posixpath.normpath(path)
     try:
-        entry = copies.stat_path(place, clean, follow=True)
+        entry = root.stat(clean, follow=True)
     except NotFound:
         if path.endswith("/") and not os.path.isdir(source):
             raise NotFound(f"no such directory in the container: {path}") from None
@@ -142,12 +143,6 @@ def _container_target(place: Place, path: str, name: str, source: str, *, conten
     return clean, "." if contents and os.path.isdir(source) else name
 
 
-def _pump(source: IO[bytes], target: IO[bytes]) -> None:
-    while piece := source.read(1 << 16):
-        target.write(piece)
-    target.flush()
-
-
 async def diff(session: Session, args: argparse.Namespace) -> None:
     """Prints what a container changed in its files."""
     container: Container = await find(session.client, args.container)
@@ -158,15 +153,12 @@ async def diff(session: Session, args: argparse.Namespace) -> None:
 async def export(session: Session, args: argparse.Namespace) -> None:
     """Writes the whole file system of a container as a tar archive."""
     container = await find(session.client, args.container)
-    place = await copies.place_of(session.client, container)
-    if args.output:
-        with copies.packed(place, "/", one_filesystem=True) as archive, open(args.output, "wb") as file:
-            _pump(archive, file)
-        return
-    if is_terminal(1):
+    if not args.output and is_terminal(1):
         raise InvalidArgument("an archive isn't for a terminal: name a file with -o, or send it on")
-    with copies.packed(place, "/", one_filesystem=True) as archive:
-        _pump(archive, sys.stdout.buffer)
+    place = await copies.place_of(session.client, container)
+    # our own output isn't ours to close
+    with place.root() as root, open(args.output or os.dup(1), "wb") as file:
+        root.pack("/", file, one_filesystem=True)
 
 
 def _cp_options(parser: argparse.ArgumentParser) -> None:

@@ -1,61 +1,40 @@
-"""Files of containers by the worker that enters their roots (`wherry.client.files_worker`): archives in and out.
+"""Where a container's files are, running or not, and what is done with whole folders of them.
 
-Volumes are filled by it, too. These calls block; they need root and a daemon on this host.
+These calls block; they need a daemon on this host, and root where the container doesn't run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import json
 import os
 import posixpath
-import stat
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, NamedTuple
 
-from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.client.files import MAPS, Root
+from wherry.core.errors import FailedPrecondition, NotFound
+from wherry.linux.copying import copy_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from wherry.client.api import Client
     from wherry.client.containers import Container
     from wherry.client.values import Mount
 
-_MISSING, _NO_FOLDER = 3, 4
-# options of a snapshot's mounts that give its files other owners (linux/idmapped.py)
-_MAPS = ("uidmap=", "gidmap=")
-
 
 class Place(NamedTuple):
-    """A root to work in: a running container's (`pid`), or its snapshot's mounts with binds of the host on top."""
+    """A running container's first process, or its snapshot's mounts with binds of the host on top."""
 
     pid: int = 0
     mounts: Sequence[Mount] = ()
     binds: Sequence[tuple[str, str]] = ()
 
-    def job(self, operation: str, path: str, **more: Any) -> dict[str, Any]:
-        """What the worker is told."""
-        mounts = [{"type": item.type, "source": item.source, "options": list(item.options)} for item in self.mounts]
-        return {"op": operation, "path": path, "pid": self.pid, "mounts": mounts, "binds": list(self.binds), **more}
-
-
-class Entry(NamedTuple):
-    """A file in a container; `mode` is `st_mode`, `link` where a symbolic link points to."""
-
-    name: str
-    size: int
-    mode: int
-    mtime: float
-    link: str
-
-    @property
-    def is_dir(self) -> bool:
-        """Whether it is a folder (and no link to one)."""
-        return stat.S_ISDIR(self.mode)
+    @contextlib.contextmanager
+    def root(self) -> Iterator[Root]:
+        """The files, for the time of the block. Raises NotFound, PermissionDenied, FailedPrecondition."""
+        with Root(self.pid) if self.pid else Root.of_mounts(self.mounts, self.binds) as root:
+            yield root
 
 
 async def place_of(client: Client, container: Container) -> Place:
@@ -80,42 +59,28 @@ def _binds(container: Container) -> list[tuple[str, str]]:
     ]
 
 
-def stat_path(place: Place, path: str, *, follow: bool = False) -> Entry:
-    """What is at a path; raises NotFound."""
-    done = subprocess.run(_command(place.job("stat", path, follow=follow)), capture_output=True, check=False)
-    _check(done.returncode, done.stderr, path)
-    found = json.loads(done.stdout)
-    return Entry(found["name"], found["size"], found["mode"], found["mtime"], found["link"])
+@contextlib.contextmanager
+def packed(root: Root, path: str, *, follow: bool = False, one_filesystem: bool = False) -> Iterator[IO[bytes]]:
+    """A tar archive of a path, to be read in the block while it is made. Raises NotFound (at its end)."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    failed: list[BaseException] = []
 
-
-@contextmanager
-def packed(place: Place, path: str, *, follow: bool = False, one_filesystem: bool = False) -> Iterator[IO[bytes]]:
-    """A tar archive of a path, to be read in the block. Raises NotFound (at its end).
-
-    With `one_filesystem` nothing is in it of what is mounted below the path.
-    """
-    command = _command(place.job("pack", path, follow=follow, one_filesystem=one_filesystem))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        if process.stdout is None or process.stderr is None:
-            raise WherryError("the worker that reads files has no output")
+    def pack() -> None:
         try:
-            yield process.stdout
-        except BaseException:
-            process.kill()
-            raise
-        process.stdout.close()
-        errors = process.stderr.read()
-        _check(process.wait(), errors, path)
+            with open(writer, "wb") as out:
+                root.pack(path, out, follow=follow, one_filesystem=one_filesystem)
+        except BaseException as error:  # noqa: BLE001 - it is raised where somebody listens
+            failed.append(error)
 
-
-def unpack(place: Place, path: str, archive: IO[bytes], *, owner: tuple[int, int] | None = None) -> None:
-    """Unpacks a tar archive into a folder of a container; raises NotFound, InvalidArgument, FailedPrecondition.
-
-    `archive` must have a descriptor.
-    """
-    command = _command(place.job("unpack", path, owner=owner))
-    done = subprocess.run(command, stdin=archive, stderr=subprocess.PIPE, check=False)
-    _check(done.returncode, done.stderr, path)
+    thread = threading.Thread(target=pack, daemon=True)
+    thread.start()
+    try:
+        with open(reader, "rb") as source:
+            yield source
+    finally:
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def is_empty(folder: str) -> bool:
@@ -137,27 +102,19 @@ def fill(folder: str, mounts: Iterable[Mount], path: str) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if not is_empty(folder):
             return False
-        # with the image's own ids: what a user namespace makes of them is the volume's mount's business
-        plain = [item._replace(options=tuple(o for o in item.options if not o.startswith(_MAPS))) for item in mounts]
-        command = _command(Place(mounts=plain).job("copy", posixpath.normpath(path), target=folder))
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode == _MISSING:
-            return False
-        _check(done.returncode, done.stderr, path)
+        # with the image's own ids: what a user namespace makes of them is the business of the volume's mount
+        plain = [item._replace(options=tuple(o for o in item.options if not o.startswith(MAPS))) for item in mounts]
+        with Root.of_mounts(plain) as root:
+            try:
+                place = root.open(posixpath.normpath(path), os.O_PATH | os.O_DIRECTORY)
+            except NotFound:
+                return False
+            try:
+                copy_tree(f"/proc/self/fd/{place}/.", folder)
+            except OSError as error:
+                raise FailedPrecondition(f"{path}: {error.strerror or error}") from error
+            finally:
+                os.close(place)
         return True
     finally:
         os.close(descriptor)
-
-
-def _command(job: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-I", "-m", "wherry.client.files_worker", json.dumps(job)]
-
-
-def _check(code: int, errors: bytes, path: str) -> None:
-    if code == _MISSING:
-        raise NotFound(f"could not find the file {path} in the container")
-    if code == _NO_FOLDER:
-        raise InvalidArgument(f"{path} in the container is not a directory")
-    if code:
-        lines = errors.decode(errors="replace").strip().splitlines()
-        raise FailedPrecondition(f"{path}: {lines[-1] if lines else f'the worker ended with code {code}'}")

@@ -1,18 +1,25 @@
-"""Files in and out of a container that runs, by the file system as its processes see it.
+"""Files of a container, by the file system as its processes see it: for `wherry cp` and for programs.
 
-The way in is `/proc/PID/root` of the container's first process. Every path is resolved below it by the kernel
-(openat2(2), RESOLVE_IN_ROOT): a link in the container leads to where the container's own processes would get, never out
-of it, also while somebody changes links under our feet. Needs a daemon on this host and the right to look into its
-containers. These are blocking calls: programs with asyncio run them in a thread.
+The way in is the root of a process: a running container's first one, or one that holds the snapshot of a container that
+doesn't run (`Root.of_mounts`, wherry.client.mounts_holder). Every path is resolved below it by the kernel (openat2(2),
+RESOLVE_IN_ROOT): a link in the container leads to where the container's own processes would get, never out of it, also
+while somebody changes links under our feet. Owners are told and given as the container numbers them, also where it has
+a user namespace. Needs a daemon on this host and the right to look into its containers. These are blocking calls:
+programs with asyncio run them in a thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import posixpath
 import shutil
 import stat
-from typing import IO, TYPE_CHECKING, Self
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, NamedTuple, Self
 
 from wherry.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from wherry.linux import syscalls
@@ -20,14 +27,85 @@ from wherry.linux import syscalls
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from wherry.client.values import Mount
+
 _STEP = 1 << 20
 _RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY
+_IDENTITY = ((0, 0, 0xFFFFFFFF),)
+# options of a snapshot's mounts that give its files other owners (linux/idmapped.py)
+MAPS = ("uidmap=", "gidmap=")
+
+
+class Entry(NamedTuple):
+    """A file in a container; `mode` is `st_mode`, `link` where a symbolic link points to."""
+
+    name: str
+    size: int
+    mode: int
+    mtime: float
+    link: str
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether it is a folder (and no link to one)."""
+        return stat.S_ISDIR(self.mode)
+
+
+class Ids:
+    """Which ids of the host a container's ids are: ranges of (inside, outside, how many)."""
+
+    def __init__(self, uids: Sequence[Sequence[int]] = _IDENTITY, gids: Sequence[Sequence[int]] = _IDENTITY) -> None:
+        self._uids, self._gids = uids, gids
+
+    @classmethod
+    def of_process(cls, pid: int) -> Ids:
+        """Those of a process' user namespace, as we see them; our own where it is gone."""
+        found = []
+        for name in ("uid_map", "gid_map"):
+            try:
+                with open(f"/proc/{pid}/{name}", encoding="ascii") as file:
+                    found.append([[int(word) for word in line.split()] for line in file])
+            except OSError:
+                return cls()
+        return cls(*found)
+
+    @classmethod
+    def of_mounts(cls, mounts: Sequence[Mount]) -> Ids:
+        """Those with which a snapshot's files are shown."""
+        options = dict(option.partition("=")[::2] for mount in mounts for option in mount.options)
+        found = [options.get(name.rstrip("=")) for name in MAPS]
+        if not all(found):
+            return cls()
+        return cls(*([[int(word) for word in item.split(":")] for item in str(text).split(",")] for text in found))
+
+    def to_host(self, uid: int, gid: int) -> tuple[int, int]:
+        """Raises InvalidArgument for an id that the container hasn't got."""
+        return _mapped(self._uids, uid, "user"), _mapped(self._gids, gid, "group")
+
+    def to_container(self, uid: int, gid: int) -> tuple[int, int]:
+        """The kernel's overflow id for one that the container hasn't got."""
+        return _unmapped(self._uids, uid), _unmapped(self._gids, gid)
+
+
+def _mapped(ranges: Sequence[Sequence[int]], number: int, kind: str) -> int:
+    for inside, outside, count in ranges:
+        if inside <= number < inside + count:
+            return outside + number - inside
+    raise InvalidArgument(f"{kind} {number} isn't there in the container's user namespace")
+
+
+def _unmapped(ranges: Sequence[Sequence[int]], number: int) -> int:
+    for inside, outside, count in ranges:
+        if outside <= number < outside + count:
+            return inside + number - outside
+    return 65534
 
 
 class Root:
-    """The root of a running container, held open: `with Root(pid) as root: root.read("/etc/hostname")`."""
+    """The root of a container, held open: `with Root(pid) as root: root.read("/etc/hostname")`."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, ids: Ids | None = None) -> None:
         """`pid` is the container's first process. Raises NotFound, PermissionDenied."""
         try:
             self._fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -35,6 +113,32 @@ class Root:
             raise PermissionDenied(f"no permission to look into the files of process {pid}") from None
         except OSError:
             raise NotFound(f"process {pid} is gone") from None
+        self._ids = ids or Ids.of_process(pid)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_mounts(cls, mounts: Sequence[Mount], binds: Sequence[tuple[str, str]] = ()) -> Iterator[Self]:
+        """The files that a snapshot's mounts show, with folders of the host (source, place) on top.
+
+        Raises FailedPrecondition where they can't be mounted.
+        """
+        plain = [{"type": item.type, "source": item.source, "options": list(item.options)} for item in mounts]
+        command = [
+            sys.executable,
+            "-I",
+            "-m",
+            "wherry.client.mounts_holder",
+            json.dumps({"mounts": plain, "binds": binds}),
+        ]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as holder:
+            if holder.stdout is None or holder.stderr is None or not holder.stdout.readline():
+                said = holder.stderr.read().decode(errors="replace").strip() if holder.stderr is not None else ""
+                raise FailedPrecondition(
+                    f"the container's files can't be mounted: {said or 'the process that does it ended'}"
+                )
+            with cls(holder.pid, Ids.of_mounts(mounts)) as root:
+                yield root
 
     def close(self) -> None:
         """Lets the root go. May be called twice."""
@@ -77,7 +181,7 @@ class Root:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         with self._regular(path, flags, mode) as file:
             file.write(data)
-            os.fchown(file.fileno(), uid, gid)
+            os.fchown(file.fileno(), *self._ids.to_host(uid, gid))
             os.fchmod(file.fileno(), mode)
 
     def make_folders(self, path: str, *, uid: int = 0, gid: int = 0) -> None:
@@ -88,10 +192,10 @@ class Root:
             try:
                 os.close(self.open(done, os.O_PATH | os.O_DIRECTORY))
             except NotFound:
-                parent = self.open(above, os.O_RDONLY | os.O_DIRECTORY)
+                parent = self.open(above, _FOLDER)
                 try:
                     os.mkdir(part, 0o755, dir_fd=parent)
-                    os.chown(part, uid, gid, dir_fd=parent, follow_symlinks=False)
+                    os.chown(part, *self._ids.to_host(uid, gid), dir_fd=parent, follow_symlinks=False)
                 except FileExistsError:
                     raise FailedPrecondition(f"{done} is a link that leads nowhere") from None
                 finally:
@@ -112,6 +216,34 @@ class Root:
             return sorted(os.listdir(folder))
         finally:
             os.close(folder)
+
+    def stat(self, path: str, *, follow: bool = False) -> Entry:
+        """What is at a path; raises NotFound."""
+        place = self.open(path, os.O_PATH | (0 if follow else os.O_NOFOLLOW))
+        try:
+            info = os.fstat(place)
+            link = os.readlink("", dir_fd=place) if stat.S_ISLNK(info.st_mode) else ""
+        finally:
+            os.close(place)
+        return Entry(posixpath.basename(path.rstrip("/")) or "/", info.st_size, info.st_mode, info.st_mtime, link)
+
+    def pack(self, path: str, out: IO[bytes], *, follow: bool = False, one_filesystem: bool = False) -> None:
+        """Writes a tar archive of a path, under its last name; raises NotFound.
+
+        With `one_filesystem` nothing is in it of what is mounted below the path.
+        """
+        from wherry.client.files_tar import Packer
+
+        place = self.open(path, os.O_PATH | (0 if follow else os.O_NOFOLLOW))
+        Packer(out, self._ids).pack(place, posixpath.basename(posixpath.normpath(path)) or ".", one=one_filesystem)
+
+    def unpack(self, path: str, archive: IO[bytes]) -> None:
+        """Unpacks a tar archive into a folder; raises NotFound, InvalidArgument, FailedPrecondition."""
+        from wherry.client.files_tar import Unpacker
+
+        if not self.stat(path, follow=True).is_dir:
+            raise InvalidArgument(f"{path} in the container is not a directory")
+        Unpacker(self, self._ids, path).unpack(archive)
 
     def fetch(self, path: str, target: str) -> None:
         """Copies a file or a whole folder of the container to `target` on the host, which must not exist.
@@ -180,14 +312,14 @@ class Root:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=parent)
                 os.symlink(os.readlink(source), name, dir_fd=parent)
-                os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+                os.chown(name, *self._ids.to_host(uid, gid), dir_fd=parent, follow_symlinks=False)
             finally:
                 os.close(parent)
         elif stat.S_ISREG(info.st_mode):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             with open(source, "rb") as old, self._regular(path, flags, 0o600) as new:
                 shutil.copyfileobj(old, new, _STEP)
-                os.fchown(new.fileno(), uid, gid)
+                os.fchown(new.fileno(), *self._ids.to_host(uid, gid))
                 os.fchmod(new.fileno(), stat.S_IMODE(info.st_mode))
 
     def _regular(self, path: str, flags: int, mode: int = 0) -> IO[bytes]:
@@ -211,7 +343,7 @@ def _copy_out(source: IO[bytes], target: str) -> None:
 
 def _explained(error: OSError, path: str) -> Exception:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return NotFound(f"{path}: no such file or folder in the container")
+        return NotFound(f"could not find the file {path} in the container")
     if isinstance(error, PermissionError):
         return PermissionDenied(f"{path}: {error.strerror}")
     return InvalidArgument(f"{path}: {error.strerror}")

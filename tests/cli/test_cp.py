@@ -83,3 +83,57 @@ def test_a_link_leads_nowhere_else(wherry: Wherry, box: str, tmp_path: Path) -> 
     (tmp_path / "evil").write_text("x")
     wherry.run("cp", str(tmp_path / "evil"), f"{box}:/out/evil-of-wherry", code=None)
     assert not Path("/etc/evil-of-wherry").exists()
+
+
+def test_what_an_archive_may_hold_comes_out_as_it_went_in(wherry: Wherry, box: str, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, kind, link in (
+            ("kinds", tarfile.DIRTYPE, ""),
+            ("kinds/plain", tarfile.REGTYPE, ""),
+            ("kinds/hard", tarfile.LNKTYPE, "kinds/plain"),
+            ("kinds/soft", tarfile.SYMTYPE, "/nowhere"),
+            ("kinds/fifo", tarfile.FIFOTYPE, ""),
+            ("kinds/null", tarfile.CHRTYPE, ""),
+            ("kinds/../../../outside", tarfile.REGTYPE, ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.mode, info.mtime = (
+                kind,
+                link,
+                0o4751 if name == "kinds/plain" else 0o750,
+                1e9,
+            )
+            info.uid, info.gid, info.devmajor, info.devminor = 7, 8, 1, 3
+            data = b"text" if kind == tarfile.REGTYPE else b""
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    subprocess.run(wherry.command("cp", "-", f"{box}:/tree"), input=buffer.getvalue(), check=True)
+    back = subprocess.run(wherry.command("cp", f"{box}:/tree/kinds", "-"), capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(back)) as tar:
+        found = {member.name: member for member in tar}
+        assert found["kinds/plain"].isreg() != found["kinds/hard"].isreg()
+        assert {found["kinds/plain"].linkname, found["kinds/hard"].linkname} & {"kinds/plain", "kinds/hard"}
+        assert found["kinds/soft"].linkname == "/nowhere"
+        assert found["kinds/fifo"].isfifo()
+        assert (found["kinds/null"].devmajor, found["kinds/null"].devminor) == (1, 3)
+        assert {(member.uid, member.gid) for member in found.values()} == {(7, 8)}
+        assert {found[name].mode for name in ("kinds/plain", "kinds/hard")} == {0o4751}
+        assert found["kinds"].mtime == found["kinds/fifo"].mtime == 1e9
+    # the way up ends at the container's root
+    assert wherry.run("cp", f"{box}:/outside", str(tmp_path / "outside")).returncode == 0
+    assert (
+        "cannot overwrite directory"
+        in subprocess.run(
+            wherry.command("cp", "-", f"{box}:/"), input=_one("tree"), capture_output=True, check=False
+        ).stderr.decode()
+    )
+    done = subprocess.run(wherry.command("cp", "-", f"{box}:/"), input=b"x" * 5000, capture_output=True, check=False)
+    assert b"not a tar archive" in done.stderr
+
+
+def _one(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    return buffer.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import time
 from pathlib import Path
 
@@ -106,6 +107,22 @@ def test_a_committed_image_has_the_ids_of_the_inside(wherry: Wherry) -> None:
     assert wherry.run("run", "--rm", "of-made", "stat", "-c", "%u %g", "/f").stdout == "7 8\n"
     wherry.run("rm", "made")
     wherry.run("rmi", "of-made")
+
+
+def test_files_go_in_and_out_with_the_ids_of_the_inside(wherry: Wherry, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in\n")
+    wherry.run("run", "-d", "--name", "box", "--userns", "auto", BUSYBOX, *HOLD.split())
+    wherry.run("cp", str(tmp_path / "file"), "box:/running")
+    assert wherry.run("exec", "box", "stat", "-c", "%u %g", "/running").stdout == "0 0\n"
+    wherry.run("kill", "box")
+    wherry.run("wait", "box")
+    wherry.run("cp", str(tmp_path / "file"), "box:/stopped")
+    wherry.run("export", "-o", str(tmp_path / "all.tar"), "box")
+    with tarfile.open(tmp_path / "all.tar") as archive:
+        owners = {member.name.lstrip("./"): (member.uid, member.gid) for member in archive}
+    assert owners["running"] == owners["stopped"] == owners["bin/busybox"] == (0, 0)
+    wherry.run("start", "box")
+    assert wherry.run("exec", "box", "stat", "-c", "%u %g", "/stopped").stdout == "0 0\n"
 
 
 def test_two_containers_in_one(wherry: Wherry) -> None:
