@@ -1,7 +1,8 @@
 """ExecSync: a command in a container, to its end, with its output; what probes and lifecycle hooks run.
 
 A command that takes longer than it may is killed, and the answer is DEADLINE_EXCEEDED, by which a kubelet knows it from
-one that failed. Of each stream 16 MiB are kept, as by containerd; what comes after it is read and dropped.
+one that failed. Of its output so much is kept as a message holds, 16 MiB together; what comes after it is read and
+dropped. (containerd keeps 16 MiB of each stream, which then it can't send, nor a kubelet receive.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-LIMIT = 16 << 20
+# what a kubelet takes in one message, without what is around the output
+LIMIT = (16 << 20) - 4096
 SIGKILL = 9
 # seconds for a command that was killed to be gone; a shim that doesn't answer is waited for no longer
 _KILLED = 5.0
@@ -33,17 +35,26 @@ _KILLED = 5.0
 _DRAIN = 12.0
 
 
-class Output(asyncio.Protocol):
-    """One stream: what came of it, up to the limit, and its end."""
+class Room:
+    """What may still be kept of both streams, in bytes."""
 
     def __init__(self) -> None:
+        self.left = LIMIT
+
+
+class Output(asyncio.Protocol):
+    """One stream: what came of it, as long as there is room, and its end."""
+
+    def __init__(self, room: Room) -> None:
         self.data = bytearray()
         self.ended = asyncio.Event()
+        self._room = room
 
     def data_received(self, data: bytes) -> None:
         """Keep what fits."""
-        if (room := LIMIT - len(self.data)) > 0:
-            self.data += data[:room]
+        kept = data[: self._room.left]
+        self.data += kept
+        self._room.left -= len(kept)
 
     def eof_received(self) -> None:
         """Nobody writes any more."""
@@ -95,7 +106,8 @@ class _Exec:
     """One command."""
 
     def __init__(self, node: Node, member: Member, process: Mapping[str, Any]) -> None:
-        self.stdout, self.stderr = Output(), Output()
+        room = Room()
+        self.stdout, self.stderr = Output(room), Output(room)
         self._node = node
         self._member = member
         self._process = process
