@@ -148,10 +148,13 @@ class ContainerStore:
             if connection.execute(query, (namespace, id)).rowcount == 0:
                 raise NotFound(f"container {quote(id)} in namespace {quote(namespace)}: not found")
 
-        await self._metadata.write(work, removes=True)
-        reach("daemon.record.deleted")
+        # Before the record: it alone says where the log is, and nothing collects what is left in /var/log, which other
+        # daemons share. Who is killed in between has a record without a log, and is asked again.
         if row is not None and (uri := pb.Container.FromString(row[0]).labels.get(LOG_URI)):
             container_logs.remove(uri)  # a few files at most
+        reach("daemon.record.logless")
+        await self._metadata.write(work, removes=True)
+        reach("daemon.record.deleted")
         self._publish(namespace, topics.CONTAINER_DELETE, events_pb2.ContainerDelete(id=id))
 
 

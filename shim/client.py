@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from wherry.core import errors
+from wherry.shim import forkserver
 from wherry.shim.foreign import (
     DELETE_TIMEOUT,
     TASK_API_VERSION,
@@ -159,10 +160,15 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         with theirs:
             theirs.setblocking(True)
+            # elsewhere it would compile all its modules at each start
+            optimized = ["-OO"] if forkserver.compiled() or forkserver.keeps_compiled() else []
             try:
                 # vfork and exec: no Python runs between (preexec_fn would fork with the threads of gRPC around)
                 self._process = subprocess.Popen(
-                    [self._python, "-I", "-OO", "-m", "wherry.shim.forkserver", "--control-fd", str(theirs.fileno())],
+                    [
+                        *(self._python, "-I", *optimized, "-m", "wherry.shim.forkserver"),
+                        *("--control-fd", str(theirs.fileno())),
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
