@@ -220,8 +220,8 @@ def test_credentials_of_the_request(client: Kubelet, locked: str) -> None:
     for wrong in (None, cri.AuthConfig(), cri.AuthConfig(username=USER, password="wrong")):
         with pytest.raises(grpc.RpcError) as failure:
             pull(client, name, wrong)
-        assert name in str(failure.value.details())  # type: ignore[attr-defined]
-        assert "wrong" not in str(failure.value.details()).replace("went wrong", "")  # type: ignore[attr-defined]
+        assert name in str(failure.value.details())
+        assert "wrong" not in str(failure.value.details()).replace("went wrong", "")
     for right in (
         cri.AuthConfig(username=USER, password=PASSWORD),
         cri.AuthConfig(auth=pair),
