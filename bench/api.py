@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 
+from bench.channel import CallFailed, Channel
 from bench.daemons import Daemon
 from wherry.proto import containers_pb2, service, snapshots_pb2, tasks_pb2
 
 _CONTAINERS = "containerd.services.containers.v1.Containers"
 _SNAPSHOTS = "containerd.services.snapshots.v1.Snapshots"
 _TASKS = "containerd.services.tasks.v1.Tasks"
-_NAMESPACE = (("containerd-namespace", "default"),)
+_METHODS = {name: service.methods(name) for name in (_CONTAINERS, _SNAPSHOTS, _TASKS)}
 _TEMPLATE = "bench-template"
 
 
@@ -29,7 +30,7 @@ class Failed(RuntimeError):
 
 
 class Api:
-    """A gRPC channel to a daemon, and a container made by `ctr` whose spec and parent snapshot serve as a template."""
+    """A connection to a daemon, and a container made by `ctr` whose spec and parent snapshot serve as a template."""
 
     def __init__(self, daemon: Daemon, image: str) -> None:
         self._daemon = daemon
@@ -43,17 +44,7 @@ class Api:
         return self._daemon.kind
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(f"unix://{self._daemon.address}")
-        self._calls = {
-            method.path: self._channel.unary_unary(
-                method.path,
-                request_serializer=method.request.SerializeToString,
-                response_deserializer=method.response.FromString,
-            )
-            for name in (_CONTAINERS, _SNAPSHOTS, _TASKS)
-            for method in service.methods(name).values()
-            if not (method.client_streaming or method.server_streaming)
-        }
+        self._channel = await Channel.open(self._daemon.address, "default")
         self._daemon.ctr("containers", "create", self._image, _TEMPLATE, "true")
         answer = await self._call(_CONTAINERS, "Get", containers_pb2.GetContainerRequest(id=_TEMPLATE))
         self._container = answer.container
@@ -67,14 +58,16 @@ class Api:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._daemon.ctr("containers", "rm", _TEMPLATE)
-        await self._channel.close(None)
+        self._channel.close()
 
     async def _call(self, name: str, method: str, request: Message) -> Any:
         try:
-            return await self._calls[f"/{name}/{method}"](request, metadata=_NAMESPACE, timeout=30)
-        except grpc.aio.AioRpcError as error:
-            message = f"{method} on {self._daemon.kind}: {error.code().name}: {error.details()}"
-            raise Failed(message) from None
+            return await self._channel.call(_METHODS[name][method], request)
+        except CallFailed as error:
+            raise Failed(f"{self._daemon.kind}: {error}") from None
+
+    def _wait(self, container: str) -> Awaitable[tasks_pb2.WaitResponse]:
+        return self._channel.call(_METHODS[_TASKS]["Wait"], tasks_pb2.WaitRequest(container_id=container))
 
     async def run_to_end(self, name: str) -> float:
         """Create, start, wait, delete: nothing of the container is left. Raises where it did not exit with 0.
@@ -83,7 +76,7 @@ class Api:
         """
         begun = time.perf_counter()
         await self._create(name)
-        wait = self._calls[f"/{_TASKS}/Wait"](tasks_pb2.WaitRequest(container_id=name), metadata=_NAMESPACE, timeout=30)
+        wait = self._wait(name)
         await self._call(_TASKS, "Start", tasks_pb2.StartRequest(container_id=name))
         started = time.perf_counter() - begun
         status = (await wait).exit_status
@@ -99,8 +92,7 @@ class Api:
 
     async def end(self, name: str) -> None:
         """Kill a container and remove all of it."""
-        request = tasks_pb2.WaitRequest(container_id=name)
-        wait = self._calls[f"/{_TASKS}/Wait"](request, metadata=_NAMESPACE, timeout=30)
+        wait = self._wait(name)
         await self._call(_TASKS, "Kill", tasks_pb2.KillRequest(container_id=name, signal=9))
         await wait
         await self._remove(name)
