@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wherry.cli.formats import Headings, binary_size, cut, decimal_size, format_option, show
@@ -15,6 +16,8 @@ from wherry.cli.terminal import is_terminal
 from wherry.client import lifecycle
 from wherry.client.figures import Figures, Sample, between, by_container, sample
 from wherry.client.finding import find, find_all, name_of, short_id
+from wherry.client.unshare import look_from
+from wherry.core import places
 from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
 
 if TYPE_CHECKING:
@@ -101,14 +104,21 @@ def _row(item: Container, figures: Figures | None, *, whole: bool) -> dict[str, 
 
 
 async def top(session: Session, args: argparse.Namespace) -> None:
-    """Prints the processes of a container, as the host's ps(1) sees them."""
+    """Prints the processes of a container, as the host's ps(1) sees them; an ordinary user's with the ids inside."""
     client = session.client
     container = await find(client, args.container)
     await lifecycle.require(client, container, {"running", "paused"}, "is not running")
     pids = {pid for pid, _ in await client.tasks.pids(container.id)}
     options = args.options or ["-ef"]
+    inside = partial(look_from, min(pids)) if pids and places.is_users() else None
     try:
-        done = subprocess.run(["ps", *options], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["ps", *options],
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=inside,
+        )
     except FileNotFoundError:
         table(("PID", "CMD"), [(str(pid), cut(_command(pid), 100)) for pid in sorted(pids)])
         return

@@ -15,6 +15,7 @@ from wherry.client import lifecycle
 from wherry.client.finding import short_id, short_image
 from wherry.client.pictures import Found, all_images
 from wherry.client.states import State, state_of
+from wherry.core import places
 from wherry.core.errors import NotFound, WherryError
 
 if TYPE_CHECKING:
@@ -76,14 +77,29 @@ async def info(session: Session, args: argparse.Namespace) -> None:
         "MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "Name": host.nodename,
         "ServerPid": server.pid,
+        **_security(),
         "Warnings": [f"{item.type}.{item.id}: {item.error}" for item in plugins if item.status == "error"],
     }
     if args.format:
         document(args, found)
         return
     for key, value in {**found, "MemTotal": decimal_size(found["MemTotal"])}.items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for name, text in value.items():
+                print(f"  {name + ':':<18} {text}".rstrip())
+            continue
         text = " ".join(value) if isinstance(value, list) else str(value)
         print(f"{key + ':':<20} {text}".rstrip())
+
+
+def _security() -> dict[str, Any]:
+    """What confines containers; of an ordinary user what the host allows, and what it won't."""
+    if not places.is_users():
+        return {"SecurityOptions": ["seccomp"], "Rootless": False}
+    from wherry.client.doctor import allowed
+
+    return {"SecurityOptions": ["seccomp", "rootless"], "Rootless": True, "Allowed": allowed()}
 
 
 def _cgroups() -> str:

@@ -6,34 +6,29 @@ kernel does: a namespace may exist and be forbidden all the same.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import pwd
-import shutil
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+from wherry.client.doctor_user import CHECKS, SHOWN
+from wherry.client.finding_host import FAILURE, OK, WARNING, Check, Finding, read
 from wherry.core import places
 from wherry.linux import syscalls as sc
 from wherry.linux.cgroups.layout import Mode, host
-from wherry.linux.rootless import granted, refusal
 
-OK, WARNING, FAILURE = "ok", "warning", "failure"
+__all__ = ["FAILURE", "OK", "WARNING", "Finding", "allowed", "examine"]
 
 
-class Finding(NamedTuple):
-    """What a check found: `status` is OK, WARNING (something will be missing) or FAILURE (containers won't run)."""
-
-    name: str
-    status: str
-    found: str
-    advice: str = ""
+def allowed() -> dict[str, str]:
+    """What the host allows an ordinary user, by name: for `wherry info`. Empty for root."""
+    return {found.name: found.found for check in SHOWN if (found := check())} if places.is_users() else {}
 
 
 def examine() -> list[Finding]:
     """All checks that make sense for who asks."""
-    mine = USER if places.is_users() else ROOT
+    mine = CHECKS if places.is_users() else ROOT
     return [finding for check in (*EVERYBODY, *mine) if (finding := check()) is not None]
 
 
@@ -66,6 +61,9 @@ def _overlay() -> Finding:
         known = "overlay" in file.read().split()
     if known:
         return Finding("overlayfs", OK, "in the kernel")
+    with contextlib.suppress(OSError), open(f"/lib/modules/{os.uname().release}/modules.dep", encoding="utf-8") as file:
+        if "/overlay.ko" in file.read():
+            return Finding("overlayfs", OK, "a module, loaded when it is needed")
     return Finding("overlayfs", WARNING, "not loaded", "modprobe overlay; without it, --snapshotter native (slow)")
 
 
@@ -90,14 +88,6 @@ def _namespaces() -> Finding:
     return Finding("namespaces", OK, "all kinds")
 
 
-def _tools(name: str, programs: Sequence[str], use: str, package: str) -> Finding:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    found = [program for program in programs if shutil.which(program, path=path)]
-    if found:
-        return Finding(name, OK, ", ".join(found))
-    return Finding(name, WARNING, f"no {' or '.join(programs)}", f"install {package}: {use}")
-
-
 def _forwarding() -> Finding:
     with open("/proc/sys/net/ipv4/ip_forward", encoding="ascii") as file:
         if file.read().strip() == "1":
@@ -117,92 +107,6 @@ def _root_rights() -> Finding | None:
     return Finding("rights", OK, "all that it takes")
 
 
-def _user_namespace() -> Finding:
-    """Tried out: a child makes one."""
-    child = os.fork()
-    if not child:
-        try:
-            sc.unshare(sc.CLONE_NEWUSER | sc.CLONE_NEWNS)
-        except OSError as error:
-            os._exit(error.errno or 1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if not code:
-        return Finding("user namespaces", OK, "may be made")
-    why, hints = refusal(OSError(code, os.strerror(code)))
-    return Finding("user namespaces", FAILURE, why, "; ".join(hints))
-
-
-def _granted_ids() -> Finding:
-    uid = places.user_id()
-    try:
-        name = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        name = str(uid)
-    uids, gids = granted("/etc/subuid", name, uid), granted("/etc/subgid", name, uid)
-    if uids and gids:
-        total = min(sum(item.size for item in uids), sum(item.size for item in gids))
-        if total < 65535:
-            return Finding("ids", WARNING, f"{total} besides one's own", "images use ids up to 65535: grant 65536")
-        missing = [tool for tool in ("newuidmap", "newgidmap") if not shutil.which(tool)]
-        if missing:
-            return Finding(
-                "ids", FAILURE, f"granted, but {', '.join(missing)} missing", "install uidmap (shadow-utils)"
-            )
-        return Finding("ids", OK, f"{total} besides one's own")
-    advice = f"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}"
-    return Finding("ids", WARNING, "only one's own: images with several owners can't be kept exactly", advice)
-
-
-def _delegated() -> Finding:
-    """Which controllers systemd's user manager was given (v2)."""
-    if host().mode != Mode.V2:
-        return Finding(
-            "limits", WARNING, "not on cgroup version 1", "without delegation --memory and others are refused"
-        )
-    place = f"/sys/fs/cgroup/user.slice/user-{places.user_id()}.slice/user@{places.user_id()}.service"
-    try:
-        with open(f"{place}/cgroup.controllers", encoding="ascii") as file:
-            controllers = file.read().split()
-    except OSError:
-        advice = "loginctl enable-linger, or log in by a login manager: systemd's user manager delegates cgroups"
-        return Finding("limits", WARNING, "no cgroup of one's own", advice)
-    wanted = {"cpu", "memory", "pids"}
-    if wanted - set(controllers):
-        drop_in = "/etc/systemd/system/user@.service.d/delegate.conf: [Service] Delegate=cpu cpuset io memory pids"
-        return Finding(
-            "limits", WARNING, f"only {', '.join(controllers) or 'nothing'} delegated", f"as root, in {drop_in}"
-        )
-    return Finding("limits", OK, ", ".join(controllers))
-
-
-def _runtime_folder() -> Finding:
-    folder = os.environ.get("XDG_RUNTIME_DIR")
-    if not folder:
-        return Finding("XDG_RUNTIME_DIR", WARNING, f"not set: {places.runtime_folder()} is used", "log in, or set it")
-    if not os.access(folder, os.W_OK):
-        return Finding("XDG_RUNTIME_DIR", FAILURE, f"{folder} can't be written", "log in as this user (not with su)")
-    return Finding("XDG_RUNTIME_DIR", OK, folder)
-
-
-def _lingering() -> Finding | None:
-    if not os.path.isdir("/run/systemd/system"):
-        return None
-    name = pwd.getpwuid(places.user_id()).pw_name
-    if os.path.exists(f"/var/lib/systemd/linger/{name}"):
-        return Finding("lingering", OK, "containers go on after the last logout")
-    return Finding("lingering", WARNING, "containers end with the last logout", f"loginctl enable-linger {name}")
-
-
-def _ping() -> Finding:
-    with open("/proc/sys/net/ipv4/ping_group_range", encoding="ascii") as file:
-        low, high = map(int, file.read().split())
-    if low <= os.getgid() <= high:
-        return Finding("ping", OK, "without rights")
-    return Finding("ping", WARNING, "not from containers", "sysctl net.ipv4.ping_group_range='0 2147483647'")
-
-
 def _systemd() -> Finding:
     if os.path.isdir("/run/systemd/system"):
         done = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False)
@@ -210,19 +114,71 @@ def _systemd() -> Finding:
     return Finding("systemd", OK, "doesn't run this machine")
 
 
-Check = Callable[[], Finding | None]
-EVERYBODY: tuple[Check, ...] = (_kernel, _python, _namespaces, _cgroups, _overlay, _seccomp, _systemd)
-ROOT: tuple[Check, ...] = (
-    _root_rights,
-    _forwarding,
-    lambda: _tools("packets", ("nft", "iptables"), "bridge networks and published ports", "nftables"),
-)
-USER: tuple[Check, ...] = (
-    _user_namespace,
-    _granted_ids,
-    _runtime_folder,
-    _delegated,
-    _lingering,
-    lambda: _tools("network", ("pasta", "slirp4netns"), "networks without root", "passt, or slirp4netns"),
-    _ping,
-)
+def _modules() -> Finding | None:
+    """What a bridge network is made of: in the kernel, loaded, or there to be loaded."""
+    known = read(f"/lib/modules/{os.uname().release}/modules.dep") + read(
+        f"/lib/modules/{os.uname().release}/modules.builtin"
+    )
+    if not known:
+        return None  # a kernel without modules: what it lacks is seen when it is used
+    missing = [
+        name for name in _NETWORK_MODULES if not os.path.isdir(f"/sys/module/{name}") and f"/{name}.ko" not in known
+    ]
+    if missing:
+        return Finding("modules", WARNING, f"no {', '.join(missing)}", "bridge networks need them: another kernel")
+    return Finding("modules", OK, ", ".join(_NETWORK_MODULES))
+
+
+def _rules() -> Finding:
+    import ctypes
+
+    try:
+        ctypes.CDLL("libnftables.so.1")
+    except OSError:
+        return Finding("packets", WARNING, "no libnftables", "install libnftables1: networks and published ports")
+    return Finding("packets", OK, "libnftables.so.1")
+
+
+def _controllers() -> Finding | None:
+    """What limits need, as far as the host has it."""
+    layout = host()
+    known = set(read("/sys/fs/cgroup/cgroup.controllers").split()) if layout.mode == Mode.V2 else set(layout.v1)
+    missing = sorted({"cpu", "cpuset", "memory", "pids"} - known)
+    if missing:
+        advice = "the kernel's command line may have cgroup_disable=; memory: cgroup_enable=memory (Raspberry Pi)"
+        return Finding("limits", WARNING, f"without {', '.join(missing)}", advice)
+    return Finding("limits", OK, ", ".join(sorted(name for name in known if "=" not in name)))
+
+
+def _security() -> Finding:
+    modules = read("/sys/kernel/security/lsm").split(",")
+    found = [name for name in ("apparmor", "selinux") if name in modules]
+    return Finding("security module", OK, found[0] if found else "none: capabilities and seccomp are what confines")
+
+
+def _space() -> Finding:
+    place = places.root()
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    room = os.statvfs(place)
+    free = room.f_bavail * room.f_frsize
+    if free < _ROOM or (room.f_files and room.f_favail < _INODES):
+        return Finding("space", WARNING, f"{free >> 20} MiB, {room.f_favail} files at {place}", "wherry system prune")
+    return Finding("space", OK, f"{free >> 30} GiB at {place}")
+
+
+def _limits() -> Finding:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if soft != resource.RLIM_INFINITY and soft < _FILES:
+        return Finding("open files", WARNING, f"at most {soft}", "LimitNOFILE= of the unit, or limits.conf(5)")
+    return Finding("open files", OK, "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft}")
+
+
+_NETWORK_MODULES = ("bridge", "veth", "nf_tables", "nf_nat")
+# bytes and files below which an image of today doesn't fit; descriptors of a daemon with some hundred containers
+_ROOM, _INODES, _FILES = 1 << 30, 50_000, 4096
+
+EVERYBODY: tuple[Check, ...] = (
+    _kernel, _python, _namespaces, _cgroups, _overlay, _seccomp, _security, _systemd, _space, _limits,
+)  # fmt: skip
+ROOT: tuple[Check, ...] = (_root_rights, _controllers, _modules, _forwarding, _rules)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from wherry.core import places
+
 # nothing newer is used; older runtimes refuse a version that they do not know
 OCI_VERSION = "1.0.2"
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -28,6 +30,10 @@ CAPABILITIES = (
     "CAP_KILL",
     "CAP_AUDIT_WRITE",
 )
+
+USERS_CAPABILITIES = tuple(name for name in CAPABILITIES if name not in {"CAP_MKNOD", "CAP_NET_RAW", "CAP_AUDIT_WRITE"})
+"""An ordinary user's: as podman has it. In a user namespace devices and audit records can't be made anyway, and ping
+goes without raw packets (links.py)."""
 
 MASKED = (
     "/proc/acpi",
@@ -75,6 +81,11 @@ def device_rules() -> list[dict[str, Any]]:
     return rules
 
 
+def default_capabilities() -> list[str]:
+    """Those of a container of who asks."""
+    return list(USERS_CAPABILITIES if places.is_users() else CAPABILITIES)
+
+
 def capabilities(names: list[str]) -> dict[str, list[str]]:
     """The three sets that a container's first process starts with; none is inheritable or ambient."""
     return {"bounding": list(names), "effective": list(names), "permitted": list(names)}
@@ -97,7 +108,7 @@ def default_spec(namespace: str, container: str) -> dict[str, Any]:
             "args": [],
             "env": [],
             "cwd": "/",
-            "capabilities": capabilities(list(CAPABILITIES)),
+            "capabilities": capabilities(default_capabilities()),
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
             "noNewPrivileges": True,
             # else it inherits the daemon's -999 and outlives everything else when memory runs out; only root may lower

@@ -15,6 +15,7 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from wherry.core import places
 from wherry.core.errors import AlreadyExists, FailedPrecondition, NotFound, WherryError
 from wherry.core.failpoints import reach
 from wherry.linux import namespaces
@@ -321,5 +322,8 @@ def _new_namespace(path: str) -> None:
     """This process goes into a new network namespace, which the file `path` holds from then on."""
     sc.unshare(sc.CLONE_NEWNET)
     sc.mount("/proc/self/ns/net", path, "none", sc.MS_BIND)
+    if places.is_users():
+        # icmp(7): ping for the container's root, which has no CAP_NET_RAW then
+        _write(f"{_SYS}/ipv4/ping_group_range", "0 0")
     with IPRoute() as inside:
         inside.link("set", index=1, state="up")
