@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections.abc import Sequence
 from functools import partial
 
 from wherry.core import typeurl
@@ -34,7 +35,7 @@ def credentials_for(reference: str, headers: dict[str, str], stream: Stream | No
     return anonymous
 
 
-async def _give(credential: Credential, registry: str, host: str) -> Credential | None:
+async def _give(credential: Credential, registry: str, host: str, challenges: Sequence[str]) -> Credential | None:
     """The user's password for the registry of the reference, and for nobody who stands in front of it."""
     return credential if host == registry else None
 
@@ -50,10 +51,12 @@ def _basic(header: str) -> Credential | None:
     return Credential(username, secret)
 
 
-async def _ask(stream: Stream, reference: str, lock: asyncio.Lock, host: str) -> Credential | None:
-    """Ask the client over its stream. Raises Unauthenticated where it doesn't answer."""
+async def _ask(
+    stream: Stream, reference: str, lock: asyncio.Lock, host: str, challenges: Sequence[str]
+) -> Credential | None:
+    """Ask the client over its stream, and tell it the challenges. Raises Unauthenticated where it doesn't answer."""
     async with lock:
-        await stream.send(types.AuthRequest(host=host, reference=reference))
+        await stream.send(types.AuthRequest(host=host, reference=reference, wwwauthenticate=challenges))
         try:
             packed = await asyncio.wait_for(stream.receive(), ANSWER_SECONDS)
         except TimeoutError:

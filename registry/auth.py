@@ -69,6 +69,7 @@ class Authorizer:
         self._credential: Credential | None = None
         self._asked = False
         self._challenge: Challenge | None = None
+        self._challenges: list[str] = []
         # scope -> header, end of validity (monotonic seconds)
         self._tokens: dict[str, tuple[str, float]] = {}
         self._lock = asyncio.Lock()
@@ -93,7 +94,7 @@ class Authorizer:
         if challenge is None:
             raise Unauthenticated(f"{self._name}: no supported authentication is offered: {', '.join(headers)[:200]}")
         async with self._lock:
-            self._challenge = challenge
+            self._challenge, self._challenges = challenge, headers
             if used is not None and self._tokens.get(scope, ("", 0.0))[0] == used:
                 del self._tokens[scope]
             header = await self._header(scope)
@@ -103,7 +104,7 @@ class Authorizer:
 
     async def _credential_of_user(self) -> Credential | None:
         if not self._asked:
-            self._credential = await self._credentials(self._name)
+            self._credential = await self._credentials(self._name, self._challenges)
             self._asked = True
         return self._credential
 

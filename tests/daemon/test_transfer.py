@@ -360,6 +360,7 @@ async def test_credentials_come_from_the_client(rig: Rig, serve: Serve) -> None:
         question = await stream.receive()
         assert isinstance(question, types.AuthRequest)
         assert (question.host, question.reference) == (server.address, ref)
+        assert list(question.wwwauthenticate) == ['Basic realm="x"']
         await stream.send(types.AuthResponse(authType=types.CREDENTIALS, username="me", secret="pass"))
         await pulling
     await rig.transfer(registry_end(ref, headers={"Authorization": "Basic bWU6cGFzcw=="}), image_store("y"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.containerd import Containerd
 from tests.daemon.test_transfer_ctr import LAYERS, Ctr
 from tests.daemon.transfer_rig import make_image, make_index, publish
 from tests.registry.certificates import Authority
@@ -158,3 +159,40 @@ def docker_archive() -> Callable[[], bytes]:
         return made.getvalue()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def containerd() -> Iterator[Containerd]:
+    """sid's own, to compare with."""
+    made = Containerd(need_sid("containerd"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--digests"],
+        ["--digests", "--base-name", "registry.example/second"],
+        ["--digests", "--skip-digest-for-named"],
+        ["--base-name", "registry.example/second"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_names_of_an_import_are_containerds(ctr: Ctr, containerd: Containerd, index: str, options: list[str]) -> None:
+    ctr("images", "pull", "--plain-http", "--all-platforms", index)
+    ctr("images", "tag", index, "registry.example/second:v2")
+    archive = archive_of(ctr, "--all-platforms", "-", "registry.example/second:v2")
+    for name in ctr.images():
+        ctr("images", "rm", "--sync", name)
+    load(ctr, archive, "--no-unpack", *options)
+    theirs = [containerd.ctr, "-a", containerd.address, "images"]
+    subprocess.run([*theirs, "import", "--no-unpack", *options, "-"], input=archive, check=True, timeout=60)
+    listed = subprocess.run([*theirs, "ls", "-q"], capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        subprocess.run([*theirs, "rm", "--sync", name], check=True, capture_output=True)
+    assert sorted(ctr.images()) == sorted(listed)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -354,7 +354,7 @@ async def test_a_helper_of_ones_own(tokens: tuple[str, Tokens]) -> None:
     address, _ = tokens
     asked = []
 
-    async def look_up(host: str) -> Credential | None:
+    async def look_up(host: str, challenges: Sequence[str]) -> Credential | None:
         asked.append(host)
         return Credential("me", "secret")
 

@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -408,7 +408,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, bad: str) -> None:
 async def test_dockers_registry_as_a_mirror_is_a_mirror() -> None:
     asked: list[str] = []
 
-    async def credentials(host: str) -> Credential | None:
+    async def credentials(host: str, challenges: Sequence[str]) -> Credential | None:
         asked.append(host)
         return None
 
