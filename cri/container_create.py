@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from wherry.client import copies, users
 from wherry.client.containers import Container
 from wherry.client.spec_defaults import default_spec
@@ -33,10 +35,14 @@ if TYPE_CHECKING:
     from wherry.cri.image_store import LocalImage
     from wherry.cri.node import Node
 
+log = structlog.get_logger(__name__)
+
 # what the daemon does for a container by itself: nothing that an image may ask for
 _NOT_FROM_IMAGES = (OWN, "containerd.io/restart.")
 # users that were looked up, by image and what was asked; an image's files don't change
 _USERS_KEPT = 512
+# in a record's facts: its specification isn't the container's yet
+_HALF = "half"
 # the label that has a snapshot's owners mapped: wherry.snapshotter.remap reads it
 _MAPPED = ("containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping")
 
@@ -124,6 +130,8 @@ class Maker:
                     pod.id, mount.image.image, mount.image_sub_path, snapshotter
                 )
                 mount.readonly = True
+                # an overlay can't be mapped; where ids are, the files are nobody's, and read as others may
+                del mount.uidMappings[:], mount.gidMappings[:]
         return changed
 
     def _target(self, pod: Pod, config: cri.ContainerConfig) -> int:
@@ -151,6 +159,7 @@ class Maker:
         declared = {} if ignored else _volumes(making, self.folder(member.id))
         # without the image's files the specification isn't complete, and the record goes first all the same
         final = known is not None and not declared
+        facts.more[_HALF] = not final
         chosen = choose(self._node.settings, pod.facts.handler)
         spec = await _built(making) if final else default_spec(NAMESPACE, member.id)
         record = Container(
@@ -174,6 +183,7 @@ class Maker:
         self._keep_user(key, user)
         extra = [await self._volume(member, place, source, mounts) for place, source in declared.items()]
         making = replace(making, user=user, mounts=tuple(extra))
+        del facts.more[_HALF]
         record = record._replace(spec=await _built(making), extensions=self._noted(member, making))
         await client.containers.update(record, ["spec", "extensions"])
 
@@ -215,6 +225,25 @@ class Maker:
         return cri.Mount(
             container_path=place, host_path=source, selinux_relabel=True, uidMappings=maps[0], gidMappings=maps[1]
         )
+
+    async def sweep(self) -> None:
+        """Take back what a killed daemon left half made: nobody was told of such a container."""
+        for member in list(self._node.records.members.values()):
+            if member.state == cri.CONTAINER_CREATED and await self._is_half(member):
+                log.info("a container that was half made is removed", id=member.id, name=member.facts.name)
+                await self.take_back(member)
+                self._node.records.drop_member(member)
+
+    async def _is_half(self, member: Member) -> bool:
+        if member.facts.more.get(_HALF):
+            return True
+        try:
+            await self._node.client.snapshots(member.facts.snapshotter).stat(member.facts.snapshot)
+        except NotFound:
+            return True
+        except WherryError as error:
+            log.warning("a container's snapshot is unknown", id=member.id, error=error.message)
+        return False
 
     async def take_back(self, member: Member) -> None:
         """Remove what was made of a container: record, snapshot, folder. What isn't there is fine."""

@@ -63,6 +63,7 @@ class Members:
 
     async def recover(self) -> None:
         """Find out what lives, once, after the records are read."""
+        await self._maker.sweep()
         await self._ends.recover()
 
     # -- create
@@ -122,6 +123,7 @@ class Members:
         stdio = self._stdio(member)
         try:
             pid = await tasks.create(member.id, mounts, stdio)
+            started = time.time_ns()  # before it runs: it may have ended when the answer is here
             try:
                 await tasks.start(member.id)
             except BaseException:
@@ -132,7 +134,7 @@ class Members:
             if stdio.stdin:
                 discard(stdio)
             raise
-        facts.pid, facts.started_at = pid, time.time_ns()
+        facts.pid, facts.started_at = pid, started
         # the task says the same: a daemon that is killed before this is written finds out by it
         self._write(member)
 
