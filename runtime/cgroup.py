@@ -70,7 +70,14 @@ def make(plan: Plan) -> None:
         return
     resources = dict(plan.linux.get("resources") or {})
     resources["devices"] = resources.get("devices") or []
-    plan.cgroup.apply(resources)
+    try:
+        plan.cgroup.apply(resources)
+    except FileNotFoundError as error:
+        # a limit whose controller is missing: the note says which, and what is there
+        notes = getattr(error, "__notes__", None)
+        if not notes:
+            raise
+        raise ContainerError(f"a limit can't be set: {notes[0]}", PRECONDITION) from error
     plan.cgroup_fd = plan.cgroup.clone_fd()
 
 

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from wherry.systemd.unitfile import UnitError, UnitFile, quote
 
+# where it is installed; a user's commands bring their daemon with them
+_DAEMON = "wherryd.service"
 KINDS = ("container", "volume", "network")
 # names that podman gives where the file gives none
 PREFIX = "systemd-"
@@ -202,8 +204,9 @@ def _container(
         ("ExecStopPost", f"-{remove}"),
     ):
         _default(service, unit, key, value)
-    service.add("Unit", "Wants", "network-online.target")
-    service.add("Unit", "After", "network-online.target")
+    for needed in ("network-online.target", _DAEMON):
+        service.add("Unit", "Wants", needed)
+        service.add("Unit", "After", needed)
 
 
 def _default(service: UnitFile, unit: UnitFile, key: str, value: str) -> None:
@@ -304,6 +307,8 @@ def _network(
 
 def _once(service: UnitFile, unit: UnitFile, create: Sequence[str], inspect: Sequence[str]) -> None:
     """A service that makes something that stays; where it is there already, nothing is done."""
+    service.add("Unit", "Wants", _DAEMON)
+    service.add("Unit", "After", _DAEMON)
     for key, value in (
         ("Type", "oneshot"),
         ("RemainAfterExit", "yes"),

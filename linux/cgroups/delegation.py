@@ -10,8 +10,9 @@ user's namespaces (`linux/rootless.py`) lives in it, in a child, because a cgrou
         NAMESPACE/ID/                                                 containers, as their cgroupsPath says
 
 Who puts a process into a cgroup must be allowed to write where both ways meet (cgroups(7), "Delegation containment").
-A daemon that was started from a login session or over SSH is outside of the manager's part, and so are the shims
-that it forks: it has itself moved into a scope first.
+A daemon that was started from a login session or over SSH is outside of the manager's part, and so are the shims that
+it forks; one that a command in some service started would end with that service. So a daemon that is no service itself
+has itself moved into a scope of its own first.
 """
 
 from __future__ import annotations
@@ -72,8 +73,11 @@ def _ask(holder: int, tree: str) -> str:
 
 
 def _come_near(tree: str, base: str) -> None:
-    """Make sure that this process may put others into the part, as its shims will."""
-    common = posixpath.commonpath([own_cgroups()[""], base])
-    if not os.access(f"{tree}{common}/cgroup.procs", os.W_OK):
-        pid = os.getpid()
+    """Make sure that this process may put others into the part, as its shims will, and ends with nobody else."""
+    own, pid = own_cgroups()[""], os.getpid()
+    if posixpath.basename(own) == f"wherryd-{pid}.scope":
+        return
+    common = posixpath.commonpath([own, base])
+    service = os.environ.get("SYSTEMD_EXEC_PID") == str(pid)  # systemd.exec(5)
+    if not service or not os.access(f"{tree}{common}/cgroup.procs", os.W_OK):
         systemd.Unit(f"wherryd-{pid}.scope", user=True).adopt(pid, "wherryd", _PATIENCE)

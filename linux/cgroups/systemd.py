@@ -152,7 +152,12 @@ class Unit:
 
     def adopt(self, pid: int, description: str, timeout: float, *, delegate: bool = False) -> None:
         """Make the unit, a scope, around a process that runs, and wait until it is there. DBusError, OSError."""
-        properties: Properties = [("Description", ("s", description)), ("PIDs", ("au", [pid]))]
+        properties: Properties = [
+            ("Description", ("s", description)),
+            ("PIDs", ("au", [pid])),
+            # an init without a handler doesn't hear SIGTERM: a logout must not wait for it any longer than `stop` does
+            ("TimeoutStopUSec", ("t", 10 * _SECOND)),
+        ]
         if delegate:
             properties.append(("Delegate", ("b", True)))
         self._job("StartTransientUnit", "ssa(sv)a(sa(sv))", self.name, "fail", properties, [], timeout=timeout)

@@ -272,7 +272,8 @@ def _python(root: Path) -> None:
     (venv / "bin/python").symlink_to("/usr/bin/python3")
     (venv / "bin/python3").symlink_to("python")
     (venv / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-    _run("chroot", root, "/opt/wherry/bin/python", "-m", "compileall", "-q", f"/{SITE}", "/opt/agent.py")
+    compiled = (f"/{SITE}", "/opt/agent.py", f"/usr/lib/python{PYTHON}")
+    _run(*("chroot", root, "/opt/wherry/bin/python", "-m", "compileall", "-q", "-o0", "-o2"), *compiled)
 
 
 def _initrd(root: Path, version: str, image: Image) -> None:

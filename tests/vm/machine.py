@@ -25,6 +25,8 @@ from tests.vm.image import PYTHON, REPOSITORY, SITE, Image
 _BOOT_SECONDS = 150  # 5 to 10 on an idle machine; CI's may be busy
 _MEMORY = "1024M"
 _COMMAND_LINE = "console=ttyS0 root=/dev/vda rw cgroup_no_v1=all quiet loglevel=4 mitigations=off"
+#: What the fork server loads, with optimised byte code.
+_OPTIMIZED = ("core", "linux", "proto", "runtime", "shim")
 _SCRIPT = """#!/opt/wherry/bin/python
 import sys
 from {module} import {function}
@@ -188,7 +190,10 @@ def _add_package(tar: tarfile.TarFile, folder: Path, name: str) -> None:
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__", "*.proto"))
         if f"{sys.version_info.major}.{sys.version_info.minor}" == PYTHON:
             mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-            compileall.compile_dir(copy, quiet=2, stripdir=str(copy), prependdir=f"/{name}", invalidation_mode=mode)
+            for level in (0, 2) if folder.name in _OPTIMIZED else (0,):
+                compileall.compile_dir(
+                    copy, quiet=2, stripdir=str(copy), prependdir=f"/{name}", invalidation_mode=mode, optimize=level
+                )
         tar.add(copy, name, filter=_owned)
 
 
