@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 # heads of requests and answers that wait for a client that wants to see them
 MAX_TEXTS = 256
+_CLIENT = "wherry.registry.resolver"
 
 
 class Registries:
@@ -47,6 +50,9 @@ class Registries:
 
         Raises NotFound for a stream that nobody opened, InvalidArgument for a reference or a file that is wrong.
         """
+        if _CLIENT not in sys.modules:
+            # in a thread: a tenth of a second in which the daemon should answer others
+            await asyncio.to_thread(importlib.import_module, _CLIENT)
         from wherry.daemon.transfer_credentials import credentials_for
         from wherry.registry.hosts import Host, hosts_for, netloc_of
         from wherry.registry.resolver import Resolver
