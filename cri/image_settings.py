@@ -12,6 +12,7 @@ from wherry.core.credentials import Credential
 from wherry.core.durations import parse_duration
 from wherry.core.errors import InvalidArgument
 from wherry.core.reference import parse_familiar
+from wherry.cri.image_mirrors import config_path
 from wherry.cri.settings import Settings
 
 # seconds without a byte after which a pull is given up, and between two looks at a layer's size (containerd's defaults)
@@ -40,8 +41,11 @@ class ImageSettings:
     roots: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, settings: Settings, roots: Mapping[str, str] | None = None) -> ImageSettings:
-        """From the node's settings. Raises InvalidArgument, with the key, for what can't be understood."""
+    def of(cls, settings: Settings, roots: Mapping[str, str] | None = None, *, folder: str = "") -> ImageSettings:
+        """From the node's settings; `folder` is for what has to be written of them.
+
+        Raises InvalidArgument, with the key, for what can't be understood.
+        """
         own = {name: handler.snapshotter for name, handler in settings.handlers.items() if handler.snapshotter}
         own |= {name: item.snapshotter for name, item in settings.runtime_platforms.items() if item.snapshotter}
         try:
@@ -51,7 +55,7 @@ class ImageSettings:
         return cls(
             snapshotter=settings.default_snapshotter or DEFAULT_SNAPSHOTTER,
             snapshotters=own,
-            config_path=settings.registry.config_path,
+            config_path=config_path(settings.registry, folder),
             headers=_headers(settings.registry.headers),
             auths=_auths(settings.registry.configs),
             pinned=pinned_names(settings.pinned_images, settings.sandbox_image),

@@ -43,8 +43,9 @@ class Images:
 
     def __init__(self, node: Node) -> None:
         self._client = client = node.client
-        self.settings = ImageSettings.of(node.settings, node.host.snapshots)
-        self.volumes = ImageVolumes(client, self, os.path.join(node.places.state, "cri", "image-volumes"))
+        state = os.path.join(node.places.state, "cri")
+        self.settings = ImageSettings.of(node.settings, node.host.snapshots, folder=os.path.join(state, "registries"))
+        self.volumes = ImageVolumes(client, self, os.path.join(state, "image-volumes"))
         self.index = ImageIndex(client, self.settings)
         self._filesystems = Filesystems(client, self.settings)
         self._watch = Watch()

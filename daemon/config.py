@@ -319,6 +319,20 @@ class Config:
         """What the CRI's tables say, of both versions of the schema."""
         return _Reader().cri(self, self.files[0] if self.files else "")
 
+    def transfers(self) -> Transfer:
+        """The transfer service's options; what only the CRI's tables say of pulls holds for all of them."""
+        for table in (self.cri, self.cri_images):
+            number = table.get("max_concurrent_downloads")
+            if isinstance(number, int) and self.transfer.max_concurrent_downloads == Transfer.max_concurrent_downloads:
+                return dataclasses.replace(self.transfer, max_concurrent_downloads=number)
+        return self.transfer
+
+    @property
+    def syncs_layers(self) -> bool:
+        """Whether each layer's files are synced, whoever asks for it."""
+        pulls = any(table.get("image_pull_with_sync_fs") is True for table in (self.cri, self.cri_images))
+        return self.diff.sync_fs or self.walking.sync_fs or pulls
+
     def as_tables(self) -> dict[str, Any]:
         """The configuration as the tables of a file."""
         tables: dict[str, Any] = {}

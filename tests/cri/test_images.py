@@ -24,6 +24,7 @@ from tests import busybox
 from tests.cri.kubelet import NAMESPACE, ContainerdLab, Kubelet, Lab, WherryLab
 from tests.peers import need
 from tests.registry.conftest import HASH, PASSWORD, USER, running_registry
+from wherry.daemon.config import load
 from wherry.proto import cri_pb2 as cri
 
 Status = grpc.StatusCode
@@ -417,6 +418,27 @@ def test_config_path_and_mirrors_are_heeded(registry: str, tmp_path: Path) -> No
         assert list(image.repo_tags) == ["cluster.example/team/app:1"]
     finally:
         node.close()
+
+
+def test_mirrors_in_the_older_way(registry: str) -> None:
+    """`[registry.mirrors]`, in their order; the one that nobody answers at is passed over."""
+    table = '[plugins."io.containerd.grpc.v1.cri".registry.mirrors."cluster.example"]'
+    settings = f'{table}\nendpoint = ["http://127.0.0.1:1", "http://{registry}"]\n'
+    with contextlib.closing(WherryLab(settings, image=False)) as node:
+        pull(node.kubelet, "cluster.example/team/app:1")
+        image = status(node.kubelet, "cluster.example/team/app:1")
+        assert image is not None
+        assert list(image.repo_tags) == ["cluster.example/team/app:1"]
+
+
+def test_downloads_at_once_are_those_of_the_cri() -> None:
+    """One limit for the daemon: where only the CRI's table has one, it is that."""
+    with contextlib.closing(
+        WherryLab('[plugins."io.containerd.cri.v1.images"]\nmax_concurrent_downloads = 7\n', image=False)
+    ) as node:
+        config = load(str(node.daemon.config))
+        assert config.transfers().max_concurrent_downloads == 7
+        assert config.cri_settings().max_concurrent_downloads == 7
 
 
 def test_the_configurations_own_credentials(locked: str) -> None:
