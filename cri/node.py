@@ -7,11 +7,9 @@ A method of a service is one of the part that does it, under the same name. Each
 earlier daemon wrote (`Node.start`).
 """
 
-# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +20,6 @@ import structlog
 
 from wherry.client.api import Client
 from wherry.client.transport import Transport
-from wherry.core.errors import Unimplemented
 from wherry.cri.records import NAMESPACE, Records
 from wherry.cri.settings import Settings
 from wherry.proto import cri_pb2 as cri
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
     from wherry.cri.images import Images
     from wherry.cri.pods import Pods
     from wherry.cri.status import NodeStatus
+    from wherry.cri.streaming import Streaming
 
 log = structlog.get_logger(__name__)
 
@@ -111,9 +109,11 @@ class Node:
         return Members(self)
 
     @cached_property
-    def streaming(self) -> Any:
-        """Exec, attach, port-forward: `wherry.cri.streaming.Streaming`."""
-        return _part("streaming", "Streaming")(self)
+    def streaming(self) -> Streaming:
+        """Exec, attach, port-forward."""
+        from wherry.cri.streaming import Streaming
+
+        return Streaming(self)
 
     @cached_property
     def images(self) -> Images:
@@ -161,13 +161,6 @@ class Node:
             await asyncio.gather(self._started, return_exceptions=True)
         for closer in reversed(self._closers):
             await closer()
-
-
-def _part(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(f"wherry.cri.{module}"), name)
-    except ImportError:
-        raise Unimplemented(f"{module}: not there yet") from None
 
 
 class RuntimeService:

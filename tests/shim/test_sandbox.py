@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -216,7 +217,7 @@ async def test_what_a_sandbox_refuses(lab: Lab) -> None:
     shim = await lab.spawn("pod")
     (shim.bundle / "config.json").write_text(json.dumps(pod_spec("user")))
     request = pb.CreateSandboxRequest(sandbox_id="pod", bundle_path=str(shim.bundle))
-    with pytest.raises(errors.InvalidArgument, match="can't have a user namespace"):
+    with pytest.raises(errors.InvalidArgument, match="user namespace needs uidMappings"):
         await shim.call("CreateSandbox", request, service=SANDBOX)
     (shim.bundle / "config.json").write_text(json.dumps(pod_spec("ipc", sysctl={"kernel.nonsense": "1"})))
     with pytest.raises(errors.WherryError, match=r"write sysctl key kernel\.nonsense"):
@@ -284,3 +285,32 @@ def _zombies(parent: int) -> list[str]:
         if fields[:2] == ["Z", str(parent)]:
             found.append(pid)
     return found
+
+
+async def test_a_pod_with_users_of_its_own(lab: Lab) -> None:
+    """All of its namespaces belong to its user namespace; the reaper is nobody there, too."""
+    maps = [{"containerID": 0, "hostID": 300000, "size": 65536}]
+    spec = pod_spec(
+        "user",
+        "network",
+        "ipc",
+        "uts",
+        "pid",
+        uidMappings=maps,
+        gidMappings=maps,
+        sysctl={"net.ipv4.ip_unprivileged_port_start": "80", "kernel.shm_rmid_forced": "1"},
+    )
+    shim = await pod(lab, spec)
+    pid, namespaces = await start(shim)
+    assert set(namespaces) == {"user", "network", "ipc", "uts", "pid"}
+    assert os.stat(f"/proc/{pid}/ns/user").st_ino == os.stat(namespaces["user"]).st_ino
+    assert Path(f"/proc/{pid}/uid_map").read_text().split() == ["0", "300000", "65536"]
+    assert Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[0] == str(300000 + 65535)
+    # NS_GET_USERNS: whose each of them is
+    for kind in ("network", "ipc", "uts", "pid"):
+        fd = os.open(namespaces[kind], os.O_RDONLY)
+        owner = fcntl.ioctl(fd, 0xB701)
+        assert os.fstat(owner).st_ino == os.stat(namespaces["user"]).st_ino, kind
+        os.close(owner)
+        os.close(fd)
+    await end(shim)
