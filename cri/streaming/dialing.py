@@ -44,7 +44,7 @@ async def dial(netns: str, port: int) -> socket.socket:
             reasons.append(f"{address}: no answer within {CONNECT:g} s")
         except OSError as error:
             made.close()
-            reasons.append(f"{address}: {error.strerror or error}")
+            reasons.append(f"{address}: {os.strerror(error.errno) if error.errno else error}")
         except BaseException:
             made.close()
             raise

@@ -13,8 +13,9 @@ from wherry.cri.streaming.dialing import dial
 from wherry.cri.streaming.remote import Sink, Source
 
 _CHUNK: Final = 64 << 10
-# seconds that a client may go on sending after the pod's end said that it is done
-_AFTERMATH: Final = 60.0
+# seconds that a client may go on sending after the pod's end said that it is done; kubectl waits for us then, not we
+# for kubectl (containerd has the same)
+_AFTERMATH: Final = 1.0
 
 Netns = Callable[[str], Awaitable[str]]
 """A pod's network namespace: a path, "" for the host's. Raises WherryError."""

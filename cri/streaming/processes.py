@@ -195,35 +195,38 @@ class Processes:
                     helpers.append(feed)
                     feeding = [] if close else [feed]
                 await asyncio.wait([*flowing, *feeding, channels.gone, pending], return_when=asyncio.FIRST_COMPLETED)
-                await self._settle(member.id, channels, pending, outflows, flowing, feeding)
+                await self._settle(channels, pending, outflows, flowing, feeding)
             finally:
                 await _ended(helpers)
                 pending.cancel()
         return 0
 
-    async def _settle(  # noqa: PLR0917 - all that an attachment has
+    async def _settle(
         self,
-        container: str,
         channels: Channels,
         pending: asyncio.Future[Any],
         outflows: list[Outflow],
         flowing: list[asyncio.Task[None]],
         feeding: list[asyncio.Task[Any]],
     ) -> None:
-        """Something has ended: the container, its output, the client, or the client's input."""
-        if channels.gone.done():
-            return
-        if any(task.done() for task in feeding) and not pending.done():
-            return  # the client's input has ended: it detaches (as containerd has it)
-        if not pending.done() and flowing:
-            # one stream of the container has ended, or the shim gave this client up
-            await asyncio.wait([*flowing, channels.gone, *feeding])
-            if not pending.done():
-                await asyncio.wait([pending], timeout=_STILL)
-            if not pending.done() and not channels.gone.done():
-                raise FailedPrecondition("the container wrote more than was read here; its log has all of it")
-            return
-        await _drained(outflows, flowing)
+        """Something has ended: the container, a stream of its output, the client, or the client's input."""
+        if not channels.gone.done() and not pending.done() and not any(task.done() for task in feeding):
+            # a stream of the output: the process closed it or ends, or the shim gave this client up
+            ended = asyncio.create_task(asyncio.wait(flowing))
+            try:
+                first: list[asyncio.Future[Any]] = [ended, channels.gone, *feeding]
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+                if ended.done():
+                    await asyncio.wait([pending, channels.gone], timeout=_STILL, return_when=asyncio.FIRST_COMPLETED)
+                    if not pending.done() and not channels.gone.done():
+                        raise FailedPrecondition(
+                            "the output ended here and the container runs: it closed it, or wrote more than was read; "
+                            "its log has all of it"
+                        )
+            finally:
+                ended.cancel()
+        if pending.done() and not channels.gone.done():
+            await _drained(outflows, flowing)
 
     async def _feed_first(self, container: str, source: Source, path: str, close: bool) -> None:
         try:

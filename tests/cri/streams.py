@@ -17,7 +17,8 @@ PEERS = Path(__file__).parent / "peers"
 
 def _run(script: str, modules_in: Path, asked: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [need("node"), str(PEERS / script), json.dumps(asked)],
+        [need("node"), str(PEERS / script)],
+        input=json.dumps(asked).encode(),
         capture_output=True,
         timeout=60,
         env={**os.environ, "NODE_PATH": str(modules_in / "node_modules")},
@@ -28,14 +29,16 @@ def _run(script: str, modules_in: Path, asked: dict[str, Any]) -> dict[str, Any]
     return answer
 
 
-def wish(kind: str, send: bytes = b"", *, fin: bool = False, wait: str = "", **headers: str) -> dict[str, Any]:
+def wish(
+    kind: str, send: bytes = b"", *, fin: bool = False, wait: str = "", port: int = 0, request: str = ""
+) -> dict[str, Any]:
     """A stream that the SPDY client opens; `wait`: what must have come before it sends."""
-    return {
-        "headers": {"streamtype": kind, **headers},
-        "send": base64.b64encode(send).decode(),
-        "fin": fin,
-        "wait": wait,
-    }
+    headers = {"streamtype": kind}
+    if port:
+        headers["port"] = str(port)
+    if request:
+        headers["requestID"] = request
+    return {"headers": headers, "send": base64.b64encode(send).decode(), "fin": fin, "wait": wait}
 
 
 def spdy(

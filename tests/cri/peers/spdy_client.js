@@ -1,4 +1,4 @@
-// A client of streams over SPDY/3.1, by npm's spdy-transport: node spdy_client.js '{"url": …, "protocols": […], "streams": […]}'
+// A client of streams over SPDY/3.1, by npm's spdy-transport: {"url": …, "protocols": […], "streams": […]} on its input.
 //
 // Each of `streams` is {"headers": {…}, "send": base64, "fin": true, "wait": "text"}: what is sent once "wait" has come
 // on any stream (at once without it). Prints one JSON object: {"status", "protocol", "accepted", "streams": [{"data": base64,
@@ -9,7 +9,7 @@ const net = require('net')
 const tls = require('tls')
 const transport = require('spdy-transport')
 
-const asked = JSON.parse(process.argv[2])
+const asked = JSON.parse(require('fs').readFileSync(0))
 const url = new URL(asked.url)
 const result = { status: 0, protocol: '', accepted: [], streams: asked.streams.map(() => ({ data: [], ended: false })) }
 let over = false

@@ -1,4 +1,4 @@
-// A client of streams over a WebSocket, by npm's ws: node websocket_client.js '{"url": …, "protocols": […], "send": […]}'
+// A client of streams over a WebSocket, by npm's ws: {"url": …, "protocols": […], "send": […]} on its input.
 //
 // `send` are messages, {"binary": base64} or {"text": …}, sent once something has come. Prints one JSON object: {"status",
 // "protocol", "messages": [{"binary": base64} | {"text": …}], "code"}, when the server has closed.
@@ -6,7 +6,7 @@
 
 const WebSocket = require('ws')
 
-const asked = JSON.parse(process.argv[2])
+const asked = JSON.parse(require('fs').readFileSync(0))
 const result = { status: 0, protocol: '', messages: [], code: 0 }
 let over = false
 let sent = false
