@@ -245,6 +245,7 @@ class WherryLab(Lab):
 
     def __init__(self, more: str = "", *, image: bool = True, env: Mapping[str, str] | None = None) -> None:
         self.daemon = Wherryd(env=dict(env or {}))
+        self.daemon.folder.chmod(0o711)  # for containers whose root isn't the host's
         text = _WHERRY.format(folder=self.daemon.folder, cni_bin=CNI_BIN, more=more)
         self.daemon.config.write_text(text)
         super().__init__(self.daemon.folder, self.daemon.address, "wherryd")

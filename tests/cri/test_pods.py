@@ -187,7 +187,7 @@ def test_many_at_once(lab: WherryLab) -> None:
     streamed = [pod.id for part in lab.kubelet.StreamPodSandboxes() for pod in part.pod_sandboxes]
     assert sorted(streamed) == sorted(made)
     threads = [
-        threading.Thread(target=lambda pod=pod: lab.kubelet.RemovePodSandbox(pod_sandbox_id=pod))  # type: ignore[misc]
+        threading.Thread(target=lambda pod=pod: lab.kubelet.RemovePodSandbox(pod_sandbox_id=pod))
         for pod in [*made, *made]
     ]
     for thread in threads:
