@@ -105,7 +105,7 @@ _LANES = (
     ),
     (
         ("not runc", "checkpoint"),
-        (_OURS, "command_line filesystem library rare rdt rootless seccomp validation"),
+        (_OURS, "command_line filesystem library rare rdt resources rootless seccomp validation"),
         (f"({_OF_THE_HIERARCHY}) and crun", "process lifecycle filesystem"),
         ("(goes_on_where or terminal) and runc", "checkpoint"),
     ),
