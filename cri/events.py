@@ -30,15 +30,18 @@ class Happenings:
         self._node = node
         self._listeners: set[asyncio.Queue[cri.ContainerEventResponse]] = set()
 
-    def tell(self, id: str, kind: cri.ContainerEventType) -> None:  # noqa: A002 -- a container's, or a pod's own
-        """Something happened to a container or a pod, which are still in the records."""
+    def tell(self, id: str, kind: cri.ContainerEventType, pod_id: str = "") -> None:  # noqa: A002 -- as above
+        """Something happened to a container or a pod; `pod_id` is that of a container which isn't in the records.
+
+        A kubelet reads nothing of an event without the pod's status in it.
+        """
         if not self._listeners:
             return
         event = cri.ContainerEventResponse(container_id=id, container_event_type=kind, created_at=time.time_ns())
         records = self._node.records
         member = records.members.get(id)
         try:
-            pod = records.pod(member.facts.pod if member is not None else id)
+            pod = records.pod(member.facts.pod if member is not None else pod_id or id)
         except NotFound:
             self._send(event)
             return

@@ -428,6 +428,8 @@ def test_the_evented_pleg_sees_every_step(lab: WherryLab) -> None:
 def _events(stream: Any) -> Iterator[tuple[str, int]]:
     with contextlib.suppress(grpc.RpcError):
         for event in stream:
+            assert event.pod_sandbox_status.metadata.name
+            assert event.created_at
             yield event.container_id, event.container_event_type
 
 
