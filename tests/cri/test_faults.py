@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -332,6 +333,60 @@ def test_a_container_ends_while_no_daemon_is_there(own: WherryLab) -> None:
     assert (ended.exit_code, ended.reason) == (4, "Error")
     assert ended.started_at <= ended.finished_at < time.time_ns()
     worker.delete()
+
+
+@pytest.mark.parametrize("outlives", [False, True], ids=["on a tmpfs", "on a disk"])
+def test_the_host_is_rebooted(own: WherryLab, outlives: bool) -> None:
+    """Every process, mount and interface is gone, and the state with them, or not: kubelet makes its pods anew."""
+    own.conflist()
+    workers = [
+        Worker(own, "worker", [Spec("main", SLEEP)], host_network=False),
+        Worker(own, "static", [Spec("main", SLEEP)], [Spec("init", ["true"])]),
+    ]
+    for worker in workers:
+        worker.settle()
+    leases = own.folder / "ipam" / "pods"
+    first = own.status(workers[0].sandboxes()[0].id).status.network.ip
+    assert (leases / first).exists()
+    _reboot(own, outlives=outlives)
+    for worker in workers:
+        own.until(lambda worker=worker: worker.sandboxes()[0].state == cri.SANDBOX_NOTREADY, "nothing is ready")  # type: ignore[misc]
+        status = own.until(
+            lambda worker=worker: (one := worker.status("main")).state == cri.CONTAINER_EXITED and one,  # type: ignore[misc]
+            "nothing runs",
+        )
+        assert status.exit_code != 0
+        assert status.finished_at
+        worker.settle()
+        assert [(item.metadata.attempt, item.state) for item in worker.sandboxes()] == [
+            (1, cri.SANDBOX_READY),
+            (0, cri.SANDBOX_NOTREADY),
+        ]
+        assert worker.status("main").state == cri.CONTAINER_RUNNING
+        assert worker.status("main").metadata.attempt == 1
+        worker.delete()
+    assert not [path.name for path in leases.iterdir() if path.name[0].isdigit()]
+    assert own.daemon.settle() == []
+
+
+def _reboot(lab: WherryLab, *, outlives: bool) -> None:
+    daemon = lab.daemon
+    daemon.kill()
+    for _ in range(50):
+        if not (pids := daemon.processes()):
+            break
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    for target in daemon.mounts():
+        subprocess.run(["umount", "-l", target], capture_output=True, check=False)
+    subprocess.run(["ip", "link", "del", lab.bridge], capture_output=True, check=False)
+    if outlives:
+        (daemon.state / "boot_id").write_text("another boot\n")
+    else:
+        shutil.rmtree(daemon.state)
+    daemon.start()
 
 
 @pytest.mark.parametrize("seed", range(2))
