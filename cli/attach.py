@@ -14,7 +14,7 @@ import select
 import signal
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -111,8 +111,13 @@ class Attachment:
         *,
         keys: bytes = b"",
         stdin: bool = True,
+        hidden: Collection[int] = (),
     ) -> None:
-        """`fifos` None waits without copying. `keys`, typed in a row, end it; without `stdin` our input isn't read."""
+        """`fifos` None waits without copying. `keys`, typed in a row, end it; without `stdin` our input isn't read.
+
+        What is for a descriptor in `hidden` goes nowhere.
+        """
+        self._nowhere = {number: os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC) for number in hidden}
         self._keys = keys
         self._matched = b""
         self._left = False
@@ -125,7 +130,7 @@ class Attachment:
         self._outputs: dict[int, int] = {}
         self._terminal = fifos is not None and fifos.stdio.terminal
         self._ended = False
-        self._splice = {1: True, 2: True}
+        self._splice = {1: True, 2: True, **dict.fromkeys(self._nowhere.values(), False)}
         self._typed = b""
         self._watched = -1
 
@@ -155,7 +160,7 @@ class Attachment:
             return
         for source, target in ((fifos.stdout, 1), (fifos.stderr, 2)):
             if source >= 0:
-                self._outputs[source] = target
+                self._outputs[source] = self._nowhere.get(target, target)
                 self._poll.register(source, select.POLLIN)
         if fifos.stdin >= 0 and self._takes_input:
             try:

@@ -16,7 +16,7 @@ from wherry.core.labels import LOG_URI
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from wherry.cli.session import Session
     from wherry.client.containers import Container
@@ -46,9 +46,18 @@ def detach_keys(text: str) -> bytes:
 
 
 async def start_followed(
-    session: Session, container: Container, mounts: Sequence[Mount], *, interactive: bool, signals: bool, keys: bytes
+    session: Session,
+    container: Container,
+    mounts: Sequence[Mount],
+    *,
+    interactive: bool,
+    signals: bool,
+    keys: bytes,
+    streams: Collection[str] = (),
 ) -> int | None:
     """Starts a container and follows it to its end: its exit code, or DETACHED where the keys were typed.
+
+    `streams` (`stdout`, `stderr`) are those that are shown, none for all.
 
     The ended task stays, for `ps` and the next start. Raises the runtime's error; then no task is left.
     """
@@ -77,9 +86,11 @@ async def start_followed(
         except BaseException:
             await kill_task(client, container.id)
             raise
+        hidden = [number for number, name in ((1, "stdout"), (2, "stderr")) if streams and name not in streams]
         status = follow(
-            session, fifos, waiter, container.id, tty=tty, signals=signals, keys=keys if tty else b"", stdin=interactive
-        )
+            session, fifos, waiter, container.id, tty=tty, signals=signals, keys=keys if tty else b"",
+            stdin=interactive, hidden=hidden,
+        )  # fmt: skip
         return status
     finally:
         if status is DETACHED:

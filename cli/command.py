@@ -172,7 +172,7 @@ def _main(argv: list[str]) -> int:
             return 0
         found = _find(rest)
     except Usage as error:
-        sys.stderr.write(f"wherry: {error}\nSee 'wherry --help'.\n")
+        sys.stderr.write(f"wherry: {error}\n")
         return 2
     if found is None:
         return 0
@@ -197,7 +197,7 @@ def _run(session: Session, command: Command, prog: str, rest: list[str]) -> int:
         if session.debug:
             raise
         sys.stdout.flush()
-        sys.stderr.write(f"wherry: {error.message or type(error).__name__}\n")
+        sys.stderr.write(f"wherry: {_said(error)}\n")
         code = getattr(error, "exit_code", 1)
         return int(code)
     except BrokenPipeError:
@@ -207,6 +207,29 @@ def _run(session: Session, command: Command, prog: str, rest: list[str]) -> int:
             raise
         sys.stderr.write(f"wherry: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}\n")
         return 1
+
+
+# what the wire says of an error's kind, and a person needn't hear
+_KINDS = (": failed precondition", ": invalid argument")
+_HINTS = (
+    ('network "', ": not found", " ('wherry network ls' lists them)"),
+    (
+        "port ",
+        "Address already in use",
+        " ('wherry ps' shows whose it is; name another one, or none for any, with -p)",
+    ),
+)
+
+
+def _said(error: WherryError) -> str:
+    """An error for people: with what to do next, where the daemon couldn't know who asks."""
+    text = error.message or type(error).__name__
+    for kind in _KINDS:
+        text = text.removesuffix(kind)
+    for begin, end, hint in _HINTS:
+        if text.startswith(begin) and text.endswith(end):
+            return text + hint
+    return text
 
 
 def _globals(argv: list[str]) -> tuple[Session | None, list[str]]:
@@ -229,7 +252,7 @@ def _globals(argv: list[str]) -> tuple[Session | None, list[str]]:
             setattr(session, option[2:], True)
             continue
         if option not in _VALUES:
-            raise Usage(f"unknown option {option}")
+            raise Usage(f"unknown option {option} (see 'wherry --help')")
         if not equals:
             if not rest:
                 raise Usage(f"option {option} needs a value")
@@ -274,7 +297,7 @@ def _find(rest: list[str]) -> tuple[Command, str, list[str]] | None:
         return _find([*rest, "--help"])
     group = next((group for group in GROUPS if name in group.names), None)
     if group is None:
-        raise Usage(f"unknown command {name!r}")
+        raise Usage(f"unknown command {name!r}: {_ELSEWHERE.get(name) or _close(name)}")
     from wherry.cli.table import find, overview
 
     prog = f"wherry {name}"
@@ -286,13 +309,61 @@ def _find(rest: list[str]) -> tuple[Command, str, list[str]] | None:
     if not rest or rest[0] in _HELPS:
         sys.stdout.write(overview(prog, group.help, commands) + "\n")
         return None
-    command = find(commands, rest[0])
+    command = _dockers(name, rest) or find(commands, rest[0])
     if command is None:
-        raise Usage(f"unknown command {rest[0]!r} of 'wherry {name}'")
+        raise Usage(f"unknown command {rest[0]!r} of 'wherry {name}' (see 'wherry {name} --help')")
     return command, f"{prog} {rest[0]}", rest[1:]
 
 
+# what people know from docker and podman, and who does it here
+_ELSEWHERE = {
+    "build": "images are built by others ('buildah build', 'podman build'); 'wherry load' reads what they write",
+    "buildx": "images are built by others ('buildah build', 'podman build'); 'wherry load' reads what they write",
+    "compose": "there is none; 'wherry generate unit' makes units of systemd, .container files (Quadlet) are read, too",
+    "search": "registries have no common search; 'wherry images tags NAME' lists a repository's tags",
+    "import": "'wherry load' reads archives of images, and 'wherry run --rootfs' runs a folder",
+    "machine": "there is none: containers run on this host",
+    "swarm": "there is none: one host is all that is looked after",
+    "service": "there is none: one host is all that is looked after",
+    "stack": "there is none: one host is all that is looked after",
+    "secret": "there is none; files are given by '-v FILE:/run/secrets/NAME:ro'",
+    "context": "there is none: daemons are named by --address or WHERRY_ADDRESS",
+    "healthcheck": "checks are run by the daemon: 'wherry run --health-cmd'; 'wherry inspect' shows what they found",
+    "checkpoint": "'wherry tasks checkpoint' makes one",
+}
+
+
+def _close(name: str) -> str:
+    import difflib
+
+    known = [item for group in GROUPS if not group.hidden for item in group.names if len(item) > 1]
+    found = difflib.get_close_matches(name, known, 1)
+    return f"did you mean 'wherry {found[0]}'?" if found else "see 'wherry --help'"
+
+
 _HELPS = frozenset({"-h", "--help", "help"})
+
+
+# docker's nouns are in the singular, ctr's in the plural; where both have a verb, the noun that was typed says whose
+_DOCKERS = {
+    "container": {"ls": "ps", "list": "ps", "ps": "ps"},
+    "image": {"ls": "images", "list": "images", "rm": "rmi", "history": "history", "save": "save", "load": "load"},
+}
+
+
+def _dockers(name: str, rest: list[str]) -> Command | None:
+    """docker's verb below one of its nouns (`container ls`); None for what ctr's noun has to know."""
+    from wherry.cli.table import find
+
+    verbs = _DOCKERS.get(name)
+    if verbs is None:
+        return None
+    own = {group.names[0]: group for group in EVERYDAY} if name == "container" else {}
+    verb = verbs.get(rest[0]) or (rest[0] if rest[0] in own else "")
+    module = next((group.module for group in (*EVERYDAY, *IMAGES) if verb in group.names and group.single), "")
+    if verb == "images":
+        module = "docker_images"
+    return find(import_module(f"wherry.cli.{module}").COMMANDS, verb) if module else None
 
 
 def _is_bare(name: str, group: Group, rest: list[str]) -> bool:

@@ -173,6 +173,28 @@ def _engine(group: Parser) -> None:
     )
     _text(group, "--log-driver", metavar="NAME", help="json-file (the default), none, or a URI")
     _many(group, "--log-opt", metavar="KEY=VALUE", help="max-size=10m, max-file=3")
+    group.add_argument("--volume-driver", default="local", choices=("local",), help=argparse.SUPPRESS)
+    group.add_argument("--isolation", default="default", choices=("default", ""), help=argparse.SUPPRESS)
+    group.add_argument("--disable-content-trust", action="store_true", help=argparse.SUPPRESS)
+    for flag, instead in _NOT_THERE.items():
+        group.add_argument(flag, action=_NotThere, metavar=instead, help=argparse.SUPPRESS)
+
+
+# what docker's users may ask for, and what they are told to do instead
+_NOT_THERE = {
+    "--link": "containers on a network of your own find each other by name: 'wherry network create', then --net NAME",
+    "--storage-opt": "what a container writes can't be limited; Sandbox of the Python library does it (disk=…)",
+    "--kernel-memory": "the kernel has no such limit any more: --memory counts it",
+    "--cpu-rt-runtime": "real-time scheduling isn't given to containers: --cpu-shares weighs them",
+    "--cpu-rt-period": "real-time scheduling isn't given to containers: --cpu-shares weighs them",
+}
+
+
+class _NotThere(argparse.Action):
+    """An option that is known from elsewhere: its metavar says what to do instead."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.error(f"{self.option_strings[0]} isn't there: {self.metavar}")
 
 
 def _swap(text: str) -> int:
@@ -279,7 +301,11 @@ def limits_of(args: argparse.Namespace) -> limits.Limits:
 
 def environment(args: argparse.Namespace) -> list[str]:
     """Variables: files first; a name without a value takes ours, and is left out where we have none."""
-    items = [line for path in args.env_file for line in lines_of(path)] + args.env
+    items = [line for path in args.env_file for line in lines_of(path)]
+    for item in items:
+        if any(char.isspace() for char in item.partition("=")[0]):
+            raise InvalidArgument(f"--env-file: the name of a variable has no spaces: {item!r}")
+    items += args.env
     return [
         item if "=" in item else f"{item}={os.environ[item]}" for item in items if "=" in item or item in os.environ
     ]
@@ -289,7 +315,7 @@ def lines_of(path: str) -> list[str]:
     """The lines of a file of variables or labels, without comments."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = [line.rstrip("\n") for line in file]
+            found = [line.rstrip("\n").lstrip() for line in file]
     except UnicodeDecodeError:
         raise InvalidArgument(f"{path} isn't UTF-8") from None
     except FileNotFoundError:

@@ -6,15 +6,18 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
+from wherry.cli.formats import filters
 from wherry.cli.output import when
 from wherry.cli.table import Command
-from wherry.core.errors import WherryError
+from wherry.client.finding import find
+from wherry.core.errors import InvalidArgument, WherryError
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
+    from wherry.client.api import Client
     from wherry.client.events import Event
     from wherry.client.transport import Calls
     from wherry.core.errors import Unavailable
@@ -24,8 +27,55 @@ AWAY = 120.0
 RETRY = 0.2
 
 
+# docker's words for what happens to a container
+_TOPICS = {
+    "create": "/containers/create",
+    "start": "/tasks/start",
+    "die": "/tasks/exit",
+    "oom": "/tasks/oom",
+    "pause": "/tasks/paused",
+    "unpause": "/tasks/resumed",
+    "exec_create": "/tasks/exec-added",
+    "exec_start": "/tasks/exec-started",
+    "destroy": "/containers/delete",
+    "update": "/containers/update",
+    "checkpoint": "/tasks/checkpointed",
+}
+_TYPES = {
+    "container": "^/(tasks|containers)/",
+    "image": "^/images/",
+    "snapshot": "^/snapshot/",
+    "content": "^/content/",
+}
+
+
+async def chosen(client: Client, items: Sequence[str]) -> list[str]:
+    """containerd's filters for docker's `--filter KEY=VALUE`: one of the values of each key, and all keys.
+
+    Raises InvalidArgument, NotFound for a container that isn't there.
+    """
+    found = filters(items, ("type", "event", "container"))
+    rules = [""]
+    for key, values in found.items():
+        alternatives = [rule for value in values for rule in await _rules(client, key, value)]
+        rules = [",".join(filter(None, (rule, other))) for rule in rules for other in alternatives]
+    return [rule for rule in rules if rule]
+
+
+async def _rules(client: Client, key: str, value: str) -> list[str]:
+    if key == "container":
+        identity = (await find(client, value)).id
+        # tasks name their container so, the records of containers otherwise
+        return [f"event.container_id=={identity}", f"event.id=={identity}"]
+    known = _TYPES if key == "type" else _TOPICS
+    if value not in known:
+        raise InvalidArgument(f"filter {key}={value}: there are {', '.join(known)}")
+    return [f'topic~="{known[value]}"' if key == "type" else f'topic=="{known[value]}"']
+
+
 async def events(session: Session, args: argparse.Namespace) -> None:
     """Prints events, one a line, until it is interrupted."""
+    args.filters = [*args.filters, *await chosen(session.client, args.filter)]
     async for event in _source(session, args):
         fields = event.fields()
         number = {"Sequence": event.sequence} if event.sequence else {}
@@ -88,6 +138,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--until", type=_moment, metavar="TIME", help="stop there instead of waiting for more")
     parser.add_argument("--sequence", action="store_true", help="begin each line with the event's number")
+    parser.add_argument(
+        "-f", "--filter", action="append", default=[], metavar="KEY=VALUE",
+        help="type=container|image|…, event=start|die|oom|…, container=NAME",
+    )  # fmt: skip
     parser.add_argument("filters", nargs="*", metavar="FILTER", help='topic~="/tasks/.+", namespace==default …')
 
 

@@ -10,7 +10,7 @@ from wherry.cli.arguments import switch
 from wherry.cli.attaching import attach as attach_to
 from wherry.cli.attaching import detach_keys
 from wherry.cli.container_flags import environment
-from wherry.cli.following import coded, follow, interruptible, kill_task
+from wherry.cli.following import OURS, coded, follow, interruptible, kill_task
 from wherry.cli.table import Command
 from wherry.client import lifecycle
 from wherry.client.fifos import Fifos
@@ -33,7 +33,7 @@ async def exec_(session: Session, args: argparse.Namespace) -> int:
         client = session.client
         keys = detach_keys(args.detach_keys)
         container = await find(client, args.container)
-        await lifecycle.require(client, container, {"running"}, "is not running: it is {status}")
+        await lifecycle.require(client, container, {"running"}, "is not running: it is {status}{help}")
         process = await _process(client, container, args)
     name = f"e{os.urandom(8).hex()}"
     if args.detach:
@@ -113,6 +113,6 @@ def _attach_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = [
-    Command(("exec",), "run a further process in a container", exec_, _exec_options, "wherry exec -it web sh"),
+    Command(("exec",), "run a further process in a container", exec_, _exec_options, "wherry exec -it web sh", OURS),
     Command(("attach",), "follow a container that runs", attach, _attach_options, "wherry attach web"),
 ]

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import switch
@@ -156,15 +156,21 @@ def follow(
     signals: bool = True,
     keys: bytes = b"",
     stdin: bool = True,
+    hidden: Collection[int] = (),
 ) -> int | None:
-    """Copies streams and passes signals on until a process has ended; its exit code, None where `keys` were typed."""
+    """Copies streams and passes signals on until a process has ended; its exit code, None where `keys` were typed.
+
+    What would go to a descriptor in `hidden` is read and dropped.
+    """
     from wherry.cli.attach import Attachment, forwarding, terminal
 
     with (
         forwarding(session, container, exec_id, active=signals),
         terminal(session, container, exec_id, active=tty and fifos is not None),
     ):
-        attachment = Attachment(fifos, waiter, session.client, container, exec_id, keys=keys, stdin=stdin)
+        attachment = Attachment(
+            fifos, waiter, session.client, container, exec_id, keys=keys, stdin=stdin, hidden=hidden
+        )
         exit_ = attachment.run()
     return None if exit_ is None else exit_.status
 

@@ -48,6 +48,10 @@ async def _folder(session: Session, name: str) -> str:
         from wherry.client.finding import find as container_of
 
         container = await container_of(session.client, name)
+    except NotFound as error:
+        with contextlib.suppress(NotFound):
+            return find(name, session.namespace)
+        raise error from None
     except WherryError:
         return find(name, session.namespace)
     return folder(container.labels.get(LOG_URI, ""))
@@ -89,6 +93,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", metavar="CONTAINER", help="its name, its id or the beginning of that")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the container has ended")
     parser.add_argument("-n", "--tail", type=_lines, default=None, metavar="N", help="only the last lines (all)")
+    parser.add_argument("--details", action="store_true", help="for docker's scripts: there are none")
     parser.add_argument("-t", "--timestamps", action="store_true", help="begin each line with its time")
     parser.add_argument("--since", type=moment, metavar="TIME", help="what is not older (10m, 2026-11-22T18:00:00Z)")
     parser.add_argument("--until", type=moment, metavar="TIME", help="what is not younger; -f ends then")

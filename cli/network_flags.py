@@ -19,6 +19,9 @@ def configure(parser: argparse.ArgumentParser, *, hostname: bool = True) -> None
         "-p", "--publish", action="append", default=[], metavar="[ADDRESS:][HOST:]PORT[/PROTOCOL]",
         help="publish a port (8080:80, 127.0.0.1::80, 7000-7009:7000-7009/udp)",
     )  # fmt: skip
+    group.add_argument(
+        "--expose", action="append", default=[], metavar="PORT[/PROTOCOL]", help="a port that -P publishes, too"
+    )
     group.add_argument("-P", "--publish-all", action="store_true", help="publish all ports that the image exposes")
     group.add_argument(
         "--net", "--network", dest="net", action="append", default=[], metavar="NETWORK",
@@ -63,6 +66,7 @@ def network_options(args: argparse.Namespace, *names: str) -> NetworkOptions:
         networks=attachments,
         ports=ports if mode in {"bridge", "networks"} else (),
         publish_all=args.publish_all and mode in {"bridge", "networks"},
+        exposed=args.expose,
         hostname=args.hostname,
         domainname=args.domainname,
         hosts=[_host(text) for text in args.add_host],

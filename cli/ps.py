@@ -11,7 +11,7 @@ from wherry.cli.table import Command
 from wherry.client.finding import choose, name_of, short_id, short_image
 from wherry.client.states import State, ago, describe, label_json, state_of
 from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
-from wherry.core.labels import MOUNTS
+from wherry.core.labels import MOUNTS, internal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +58,9 @@ async def ps(session: Session, args: argparse.Namespace) -> None:
         items = items[:last]
     columns = {**COLUMNS, "Size": "SIZE"} if args.size else COLUMNS
     rows = [row(item, state, whole=args.no_trunc) for item, state in items]
+    if "Networks" in args.format or args.format == "json":
+        for line, (item, _) in zip(rows, items, strict=True):
+            line["Networks"] = ",".join(_network_names(item))
     await _networks(client, rows, items)
     if args.size or "Size" in args.format:
         for line, (item, _) in zip(rows, items, strict=True):
@@ -96,7 +99,7 @@ def row(container: Container, state: State, *, whole: bool = False) -> dict[str,
         "Status": describe(state),
         "Size": "",
         "Names": name_of(container),
-        "Labels": ",".join(f"{key}={value}" for key, value in sorted(container.labels.items())),
+        "Labels": ",".join(f"{key}={value}" for key, value in sorted(container.labels.items()) if not internal(key)),
         "Mounts": ",".join(places if whole else [cut(place, 15) for place in places]),
         "LocalVolumes": str(sum(mount.get("Type") == "volume" for mount in mounts)),
         "Networks": "",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from wherry.cli.table import Command
 from wherry.cli.transfers import explained, full_name, progress_options, registry, registry_options, result, show
+from wherry.core.errors import NotFound
 from wherry.core.platforms import parse
 
 if TYPE_CHECKING:
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 async def push(session: Session, args: argparse.Namespace) -> None:
     """Brings the image to the registry."""
     client = session.client
-    local = await client.images.find(args.local or args.reference)
+    name = args.local or args.reference
+    try:
+        local = await client.images.find(name)
+    except NotFound:
+        raise NotFound(
+            f"no such image: {name} ('wherry images' lists them, 'wherry tag' gives one this name)"
+        ) from None
     platforms = [parse(text) for text in args.platform]
     progress = client.transfer.push(registry(args, full_name(args.reference)), name=local.name, platforms=platforms)
     with explained():

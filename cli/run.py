@@ -36,9 +36,12 @@ async def run(session: Session, args: argparse.Namespace) -> int:
                 await lifecycle.start_new(client, container, launched.mounts)
             print(container.id)
             return 0
+        streams = set(args.attach)
+        interactive = args.interactive and (not streams or "stdin" in streams)
         status = await start_followed(
-            session, container, launched.mounts, interactive=args.interactive, signals=args.sig_proxy, keys=keys
-        )
+            session, container, launched.mounts, interactive=interactive, signals=args.sig_proxy, keys=keys,
+            streams=streams,
+        )  # fmt: skip
     except BaseException:
         if args.rm:
             # what went wrong first is what a person wants to know
@@ -77,10 +80,11 @@ async def _make(session: Session, args: argparse.Namespace, *, running: bool) ->
     try:
         launched = await make(client, recipe)
     except NotFound as error:
-        if not recipe.image or not await _missing(session, recipe.image):
+        if not recipe.image or not (args.platform or await _missing(session, recipe.image)):
             raise
         if args.pull == "never":
-            raise NotFound(f"{error.message}: 'wherry pull {args.image}' brings it") from None
+            platform = f"--platform {args.platform} " if args.platform else ""
+            raise NotFound(f"{error.message}: 'wherry pull {platform}{args.image}' brings it") from None
         await _pull(session, args)
         launched = await make(client, recipe)
     if args.cidfile:
@@ -101,12 +105,17 @@ async def _pull(session: Session, args: argparse.Namespace) -> None:
     from wherry.cli.fetching import fetch
 
     if not args.quiet:
-        sys.stderr.write(f"Unable to find image '{args.image}' locally\n" if args.pull == "missing" else "")
+        kind = f" for {args.platform}" if args.platform else ""
+        sys.stderr.write(f"Unable to find image '{args.image}'{kind} locally\n" if args.pull == "missing" else "")
     await fetch(session, args.image, args.platform, args.snapshotter, quiet=args.quiet)
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("running")
+    own.add_argument(
+        "-a", "--attach", action="append", default=[], type=str.lower, choices=("stdin", "stdout", "stderr"),
+        metavar="STREAM", help="follow this stream alone: stdin, stdout or stderr",
+    )  # fmt: skip
     own.add_argument("-d", "--detach", action="store_true", help="leave it running, and print its id")
     own.add_argument(
         "--sig-proxy", default=True, type=switch, nargs="?", const=True, metavar="BOOL", help="pass signals on (true)"
@@ -121,9 +130,9 @@ Unless it is detached, the container's output is this command's (with -i its inp
 code is passed on (125: an error of ours, 126: a command that can't be run, 127: no such command)."""
 
 COMMANDS = [
-    Command(("run",), ABOUT, run, _run_options, "wherry run -d --name web -p 8080:80 -v data:/srv nginx"),
+    Command(("run",), ABOUT, run, _run_options, "wherry run -d --name web -p 8080:80 -v data:/srv nginx", OURS),
     Command(
         ("create",), "make a container without starting it", create, container_flags.configure,
-        "wherry create --name db -e POSTGRES_PASSWORD=secret postgres:16",
+        "wherry create --name db -e POSTGRES_PASSWORD=secret postgres:16", OURS,
     ),
 ]  # fmt: skip

@@ -60,9 +60,8 @@ class Session:
                 self._users_daemon()
                 return self.another()
             raise NoDaemon(
-                f"no daemon answers at {self.address} ({_reason(error.message)}).\n"
-                "Start one with 'systemctl start wherryd' or 'wherryd &', name another with --address, or let this "
-                "command bring its own: 'wherry --embedded ...'."
+                f"no daemon answers at {self.address} ({_reason(error.message)}): start one with 'systemctl start "
+                "wherryd' or 'wherryd &', name another with --address, or use a passing one: 'wherry --embedded ...'"
             ) from error
         deadline = self._started + self.timeout if self.timeout else None
         return Client.over(transport, self.namespace, deadline=deadline)

@@ -6,13 +6,15 @@ import argparse
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from wherry.cli.formats import Headings, decimal_size, document, filters, format_option, labels_fit, show
+from wherry.cli.output import table
 from wherry.cli.table import Command
 from wherry.cli.version import VERSION
 from wherry.client import lifecycle
-from wherry.client.finding import short_id, short_image
+from wherry.client.finding import name_of, short_id, short_image
 from wherry.client.pictures import Found, all_images
 from wherry.client.states import State, state_of
 from wherry.core import places
@@ -128,8 +130,10 @@ class _Sizes:
     def __init__(self) -> None:
         self.total = self.active = 0
         self.size = self.reclaimable = 0
+        self.items: list[tuple[str, int, bool]] = []
 
-    def add(self, size: int, *, used: bool) -> None:
+    def add(self, name: str, size: int, *, used: bool) -> None:
+        self.items.append((name, size, used))
         self.total += 1
         self.active += used
         self.size += size
@@ -157,18 +161,38 @@ async def df(session: Session, args: argparse.Namespace) -> None:
         if found.id in seen:
             continue
         seen.add(found.id)
-        images.add(await _image_size(client, found), used=bool(used & set(found.names)))
+        images.add(short_image(found.image.name), await _image_size(client, found), used=bool(used & set(found.names)))
     for item, state in states:
         size = 0
         if item.snapshot_key:
             with contextlib.suppress(NotFound):
                 size = (await client.snapshots(item.snapshotter).usage(item.snapshot_key)).size
-        containers.add(size, used=state.running)
+        containers.add(name_of(item), size, used=state.running)
     with contextlib.suppress(WherryError):
         for volume in await client.volumes.list():
-            volumes.add(await client.volumes.usage(volume.name), used=bool(volume.containers))
+            volumes.add(volume.name, await client.volumes.usage(volume.name), used=bool(volume.containers))
     rows = [images.row("Images"), containers.row("Containers"), volumes.row("Local Volumes")]
+    if args.verbose:
+        _itemized((images, containers, volumes))
+        return
     show(args, rows, DF, quiet="Type")
+
+
+_ITEMS: tuple[tuple[str, Headings], ...] = (
+    ("Images", {"Name": "IMAGE", "Size": "SIZE", "Used": "CONTAINERS"}),
+    ("Containers", {"Name": "CONTAINER", "Size": "SIZE", "Used": "RUNNING"}),
+    ("Local volumes", {"Name": "VOLUME NAME", "Size": "SIZE", "Used": "USED"}),
+)
+
+
+def _itemized(kinds: Sequence[_Sizes]) -> None:
+    """Each thing by itself, the largest first."""
+    for (title, headings), sizes in zip(_ITEMS, kinds, strict=True):
+        print(f"{title} space usage:\n")
+        items = sorted(sizes.items, key=lambda item: -item[1])
+        rows = [[name, decimal_size(size), "yes" if used else "no"] for name, size, used in items]
+        table(list(headings.values()), rows)
+        print()
 
 
 async def _image_size(client: Client, found: Found) -> int:
@@ -281,6 +305,7 @@ def _info_options(parser: argparse.ArgumentParser) -> None:
 
 def _df_options(parser: argparse.ArgumentParser) -> None:
     format_option(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="each image, container and volume by itself")
 
 
 def prune_options(parser: argparse.ArgumentParser) -> None:

@@ -17,13 +17,17 @@ def nothing(parser: argparse.ArgumentParser) -> None:
 
 
 class Command(NamedTuple):
-    """One command. `names` are its name and its aliases, `run` answers with the exit code (None is 0)."""
+    """One command. `names` are its name and its aliases, `run` answers with the exit code (None is 0).
+
+    `usage_code` is what a command line that can't be understood ends with.
+    """
 
     names: tuple[str, ...]
     help: str
     run: Run
     configure: Configure = nothing
     example: str = ""
+    usage_code: int = 2
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -41,11 +45,14 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Usage errors exit with 2 and one line that says where the help is."""
+    """Usage errors exit with 2 (125 where scripts read the exit codes of containers), and one line that says where
+    the help is."""
+
+    usage_code = 2
 
     def error(self, message: str) -> None:  # type: ignore[override] # it doesn't return, as the original doesn't
         """Says what was wrong and leaves."""
-        self.exit(2, f"wherry: {message}\nSee '{self.prog} --help'.\n")
+        self.exit(self.usage_code, f"wherry: {message} (see '{self.prog} --help')\n")
 
 
 def parser_for(command: Command, prog: str) -> Parser:
@@ -59,6 +66,7 @@ def parser_for(command: Command, prog: str) -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
+    parser.usage_code = command.usage_code
     command.configure(parser)
     taken = "-h" in parser._option_string_actions
     parser.add_argument(*(["--help"] if taken else ["-h", "--help"]), action="help", help="print this")

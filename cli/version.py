@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from wherry.cli.output import print_json
+from wherry.cli.formats import document, format_option
 from wherry.cli.table import Command
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ async def version(session: Session, args: argparse.Namespace) -> None:
     answer = await session.client.version()
     server = await session.client.introspection.server()
     theirs = {"Version": answer.version, "Revision": answer.revision, "UUID": server.uuid}
-    if args.format == "json":
-        print_json({"Client": own, "Server": theirs})
+    if args.format not in {"", "table"}:
+        document(args, {"Client": own, "Server": theirs})
         return
     for title, values in (("Client", own), ("\nServer", theirs)):
         print(f"{title}:")
@@ -33,7 +33,7 @@ async def version(session: Session, args: argparse.Namespace) -> None:
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="lines (default), or JSON")
+    format_option(parser, "lines (default), json, or a template")
 
 
 COMMANDS = [
@@ -42,6 +42,6 @@ COMMANDS = [
         "print the versions of this client and of the daemon",
         version,
         _configure,
-        example="wherry version --format json",
+        example="wherry version --format '{{.Server.Version}}'",
     )
 ]

@@ -19,11 +19,11 @@ from wherry.core.labels import (
     HEALTH_CHECK,
     LOG_URI,
     MOUNTS,
-    OWN,
     RESTART_POLICY,
     STDIN_OPEN,
     STOP_SIGNAL,
     STOP_TIMEOUT,
+    internal,
 )
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _config(item: Container, spec: Mapping[str, Any], process: Mapping[str, Any]
         "Entrypoint": config.get("Entrypoint") or None,
         "Image": config.get("Image") or short_image(item.image),
         "WorkingDir": process.get("cwd", ""),
-        "Labels": {key: value for key, value in item.labels.items() if not _internal(key)},
+        "Labels": {key: value for key, value in item.labels.items() if not internal(key)},
         "StopSignal": item.labels.get(STOP_SIGNAL, ""),
     }
     if STOP_TIMEOUT in item.labels:
@@ -207,11 +207,6 @@ def _config(item: Container, spec: Mapping[str, Any], process: Mapping[str, Any]
     if HEALTH_CHECK in item.labels:
         found["Healthcheck"] = label_json(item, HEALTH_CHECK)
     return found
-
-
-def _internal(label: str) -> bool:
-    """A label that this engine keeps its own things in; people asked for the others."""
-    return label.startswith((OWN, "containerd.io/", "io.containerd."))
 
 
 def _port_bindings(ports: Sequence[Port]) -> dict[str, list[dict[str, str]]]:

@@ -302,10 +302,16 @@ async def unpause(client: Client, container: Container) -> None:
 
 
 async def require(client: Client, container: Container, statuses: set[str], text: str) -> State:
-    """The container's state, when it is one of these; raises FailedPrecondition with the text, `{status}` filled in."""
+    """The container's state, when it is one of these; raises FailedPrecondition with the text.
+
+    `{status}` is filled in, and `{help}` with the command that brings it to run.
+    """
     state = await inspect_state(client, container)
     if state.status not in statuses:
-        raise FailedPrecondition(f"container {name_of(container)} {text.format(status=state.status)}")
+        name = name_of(container)
+        verb = "unpause" if state.status == "paused" else "start"
+        help_ = f" ('wherry {verb} {name}')"
+        raise FailedPrecondition(f"container {name} {text.format(status=state.status, help=help_)}")
     return state
 
 

@@ -61,7 +61,8 @@ class NetworkOptions(NamedTuple):
     `mode`: "bridge" (the built-in network), "none", "host", "container" (then `container` is the id), or "networks"
     (then `networks` names them; with "bridge" it may hold one attachment with addresses). `hosts` are "NAME:ADDRESS".
     `names` are what the other containers of its named networks find it by. `publish_all`: every port that the image
-    exposes, on a free one of the host. `optional`: a daemon without networks (containerd) gives it an empty one.
+    exposes, and those of `exposed` (`PORT/PROTOCOL`), on a free one of the host. `optional`: a daemon without networks
+    (containerd) gives it an empty one.
     """
 
     mode: str = "bridge"
@@ -69,6 +70,7 @@ class NetworkOptions(NamedTuple):
     networks: Sequence[Attachment] = ()
     ports: Sequence[Port] = ()
     publish_all: bool = False
+    exposed: Sequence[str] = ()
     hostname: str = ""
     domainname: str = ""
     hosts: Sequence[str] = ()
@@ -203,7 +205,8 @@ def extensions(options: NetworkOptions | None, settings: Mapping[str, Any] | Non
     ports = list(options.ports)
     if options.publish_all:
         named = {(port.container_port, port.protocol) for port in ports}
-        ports += [port for port in _exposed(settings) if (port.container_port, port.protocol) not in named]
+        wanted = [*_exposed(settings), *(port for text in options.exposed for port in parse_ports(text))]
+        ports += [port for port in dict.fromkeys(wanted) if (port.container_port, port.protocol) not in named]
     message = pb.Settings(
         mode=options.mode,
         container=options.container,

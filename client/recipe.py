@@ -42,6 +42,7 @@ from wherry.core.labels import (
     STOP_SIGNAL,
     STOP_TIMEOUT,
 )
+from wherry.core.platforms import best
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -156,7 +157,10 @@ async def _image(client: Client, recipe: Recipe) -> tuple[Image, Picture] | None
     if recipe.rootfs:
         return None
     image = await client.images.find(recipe.image)
-    return image, await picture(client.content, image.target, recipe.platform)
+    look = await picture(client.content, image.target, recipe.platform)
+    if recipe.platform is not None and best(recipe.platform, [look.platform]) is None:
+        raise NotFound(f"image {recipe.image} is here for {look.platform}, not for {recipe.platform}")
+    return image, look
 
 
 class _Kitchen:

@@ -140,7 +140,7 @@ def describe(state: State) -> str:
         return " ".join([text, *(f"({note})" for note in notes)])
     since = f" {ago(state.finished_at)} ago" if state.finished_at else ""
     if state.status == "exited":
-        return f"Exited ({state.exit_code}){since}"
+        return f"Exited ({state.exit_code}){since}{' (out of memory)' if state.oom else ''}"
     if state.status == "restarting":
         return f"Restarting ({state.exit_code}){since}"
     return state.status.capitalize()

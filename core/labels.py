@@ -68,3 +68,8 @@ def check_labels(labels: Mapping[str, str]) -> None:
                 f"label key and value length ({size} bytes) greater than maximum size ({MAX_LABEL} bytes), "
                 f"key: {key[:64]}: invalid argument"
             )
+
+
+def internal(label: str) -> bool:
+    """Whether this engine keeps its own things in a label of a container; people asked for the others."""
+    return label.startswith((OWN, "containerd.io/", "io.containerd."))

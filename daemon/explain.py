@@ -86,5 +86,11 @@ class ExplainService:
             )  # fmt: skip
 
 
+def reason_of(folder: str, namespace: str, identity: str) -> str:
+    """Why the first process of a container was killed, as its shim noted it in the bundle below `folder`; or ""."""
+    kept = _exit(Bundle(folder, namespace, identity), "")
+    return kept.reason if kept is not None else ""
+
+
 def _exit(bundle: Bundle, exec_id: str) -> NotedExit | None:
     return next((end for end in bundle.exits() if end.exec_id == exec_id), None)

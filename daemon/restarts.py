@@ -38,6 +38,7 @@ from wherry.core.labels import (
     RESTART_POLICY,
     RESTART_STATUS,
 )
+from wherry.daemon.starting import SIGKILLED
 from wherry.daemon.volumes import VolumeStore, named_volumes
 from wherry.proto import containers_pb2, events_pb2, tasks_pb2
 from wherry.proto.service import GRPC_NAMESPACE, Context
@@ -109,7 +110,10 @@ class Restarts:
         snapshots: SnapshotStore,
         namespaces: NamespaceStore,
         volumes: VolumeStore,
+        reason: Callable[[str, str], str] = lambda namespace, identity: "",
     ) -> None:
+        """`reason` says in words why a container's first process was killed, "" where nobody knows."""
+        self._reason = reason
         self._tasks = tasks
         self._containers = containers
         self._snapshots = snapshots
@@ -180,13 +184,15 @@ class Restarts:
             return
         began = self._began.pop(key, 0.0)
         finished = event.exited_at.seconds + event.exited_at.nanos / 1e9
-        note = {"code": event.exit_status, "started": round(began, 3), "finished": round(finished, 3)}
+        note: dict[str, Any] = {"code": event.exit_status, "started": round(began, 3), "finished": round(finished, 3)}
         if _note(container).get("finished") == note["finished"]:
             # shims tell an exit until they know that it was heard
             return
         if key in self._ooms:
             self._ooms.discard(key)
             note["oom"] = True
+        if event.exit_status == SIGKILLED and (why := self._reason(*key)):
+            note["error"] = why
         labels = {LAST_RUN: json.dumps(note, separators=(",", ":"))}
         policy, count = Policy.of(container.labels), _count(container)
         wanted = container.labels.get(RESTART_STATUS) == "running" and policy.wants(event.exit_status, count)
