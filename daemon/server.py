@@ -28,7 +28,7 @@ from wherry.daemon.durations import parse_duration
 from wherry.daemon.events import EventsService, EventsTtrpcService, Exchange
 from wherry.daemon.events_journal import Journal, Retention
 from wherry.daemon.events_kept import KeptEventsService
-from wherry.daemon.explain import ExplainService
+from wherry.daemon.explain import ExplainService, reason_of
 from wherry.daemon.gc import Collector, Policy
 from wherry.daemon.gc_service import GcService
 from wherry.daemon.health import HealthService
@@ -245,6 +245,7 @@ class Daemon:
     def _build_everyday(self, tasks: TaskService, shims: Shims) -> None:
         """What the daemon does for containers that people made: volumes, restarts, removals, health checks."""
         volumes = VolumeStore(self._root("volumes"))
+        tasks_folder = self._state("tasks")
         self._add("volumes", VolumeService(volumes, self._containers))
         restarts = Restarts(
             self._exchange,
@@ -253,6 +254,7 @@ class Daemon:
             snapshots=self._snapshots,
             namespaces=self._namespaces,
             volumes=volumes,
+            reason=lambda namespace, identity: reason_of(tasks_folder, namespace, identity),
         )
         checks = HealthChecks(self._exchange, tasks, self._containers, self._namespaces, self._state("health"))
         for part in (restarts, checks):
