@@ -110,13 +110,14 @@ class Sizes:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, int]]:
         while True:
-            await self._news.wait()
-            self._news.clear()
             last, self._last = self._last, None
             if last is not None:
                 yield last
             elif self._ended:
                 return
+            else:
+                self._news.clear()
+                await self._news.wait()
 
 
 Run = Callable[[Call, Channels], Awaitable[int]]

@@ -201,12 +201,12 @@ def test_an_unknown_websocket_protocol_is_refused(box: Box) -> None:
 
 
 def attach_url(box: Box, *, stdin: bool = True, tty: bool = False) -> str:
-    asked = {"container_id": box.id, "stdin": stdin, "stdout": True, "stderr": not tty, "tty": tty}
+    asked: dict[str, Any] = {"container_id": box.id, "stdin": stdin, "stdout": True, "stderr": not tty, "tty": tty}
     return str(box.lab.kubelet.Attach(**asked).url)
 
 
 def log_of(box: Box) -> str:
-    return (box.lab.logs / box.config.metadata.name / "box.log").read_text()
+    return str((box.lab.logs / box.config.metadata.name / "box.log").read_text())
 
 
 @pytest.mark.parametrize("by", ["spdy", "websocket"])
@@ -255,7 +255,8 @@ def test_otherwise_the_end_of_the_input_detaches(each_lab: Lab) -> None:
 
 def test_requests_that_can_not_be(mine: Box) -> None:
     kubelet = mine.lab.kubelet
-    asked = {"container_id": mine.id, "cmd": ["true"]}
+    fields: dict[str, Any]
+    asked: dict[str, Any] = {"container_id": mine.id, "cmd": ["true"]}
     for call, fields in (
         (kubelet.Exec, {**asked, "stdout": True, "container_id": ""}),
         (kubelet.Exec, asked),
