@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import crowd as crowd_
-from bench import library, measure, pulls
+from bench import library, measure, pulls, rootless
 from bench import starts as starts_
 from bench.api import Failed
 from bench.cli import figures
@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 where a limit is missed")
     parser.add_argument(
         "--only",
-        choices=["speed", "starts", "weight", "crowd", "cli", "cri", "images", "runtime"],
+        choices=["speed", "starts", "weight", "crowd", "cli", "cri", "images", "runtime", "rootless"],
         help="one part of the table",
     )
     options = parser.parse_args()
@@ -182,6 +182,9 @@ def main() -> int:
             rows += images(lab)
         if options.only in (None, "runtime"):
             rows += runtime(lab)
+        if options.only in (None, "rootless"):
+            # the second figure is podman's
+            rows += [Row(what, "ms", ours, theirs, limit) for what, ours, theirs, limit in rootless.figures(lab.image)]
     table = [["", "unit", "Wherry", "containerd", "ratio", "limit"], *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for number, line in enumerate(table):

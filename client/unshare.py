@@ -8,6 +8,9 @@ import os
 from wherry.linux import rootless
 from wherry.linux import syscalls as sc
 
+# bytes of a container's passwd(5) that are read
+_PASSWD = 1 << 20
+
 
 def enter(state: str) -> None:
     """Makes this process root of the user's namespaces; they are made where no daemon made them yet.
@@ -30,8 +33,9 @@ def look_from(pid: int) -> None:
         root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
         sc.setns(namespace, sc.CLONE_NEWUSER)
         sc.unshare(sc.CLONE_NEWNS)
-        try:
-            names = sc.openat2(root, "etc/passwd", os.O_PATH | os.O_CLOEXEC, resolve=sc.RESOLVE_IN_ROOT)
-        except OSError:
-            names = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
-        sc.mount(f"/proc/self/fd/{names}", "/etc/passwd", "", sc.MS_BIND)
+        # a copy, since what is mounted in another mount namespace can't be mounted here
+        sc.mount("tmpfs", "/tmp", "tmpfs", sc.MS_NOSUID | sc.MS_NODEV, "mode=700")
+        with open("/tmp/passwd", "wb") as file, contextlib.suppress(OSError):
+            names = sc.openat2(root, "etc/passwd", os.O_RDONLY | os.O_CLOEXEC, resolve=sc.RESOLVE_IN_ROOT)
+            file.write(os.read(names, _PASSWD))
+        sc.mount("/tmp/passwd", "/etc/passwd", "", sc.MS_BIND)

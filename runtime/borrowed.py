@@ -159,8 +159,10 @@ def _make_image() -> int:
 
 def serves(plan: Plan) -> bool:
     """Whether this container can be built this way."""
-    if _vfork is None or plan.rootless or "pid" not in plan.new or "user" in plan.kinds or "time" in plan.kinds:
+    if _vfork is None or "pid" not in plan.new or "user" in plan.kinds or "time" in plan.kinds:
         return False
+    if plan.rootless and os.geteuid() != 0:
+        return False  # as root of a user namespace it is as for root
     if max(plan.fifo, plan.failure) > _LAST_FD:
         return False
     if any(hooks.of(plan.spec, name) for name in _CREATE_HOOKS):

@@ -97,11 +97,16 @@ def _cgroup(folder: str) -> dict[str, str]:
 
 
 def _spec() -> dict[str, Any]:
-    """The usual container, but for a network namespace: it costs the kernel more than all the rest."""
+    """The usual container, but for a network namespace: it costs the kernel more than all the rest.
+
+    In a user namespace it has one all the same: /sys shows the network, and is mounted by who owns that.
+    """
     spec = default_spec.make()
     spec["process"].update(args=["true"], env=["PATH=/usr/bin:/bin"], terminal=False, capabilities=_capabilities())
     spec["root"]["readonly"] = False
     spec["linux"]["namespaces"] = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
+    if cgroups.host().user_namespace:
+        spec["linux"]["namespaces"].append({"type": "network"})
     spec["mounts"] = [item for item in spec["mounts"] if item["type"] != "cgroup"]
     spec["mounts"].append(
         {"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}
