@@ -44,10 +44,10 @@ ID = 12
 
 
 async def images(session: Session, args: argparse.Namespace) -> None:
-    """Prints the images, one line for each name."""
+    """Prints the images, one line for each name that says something (`told`)."""
     client = session.client
     found = filters(args.filter, FILTERS)
-    items = await all_images(client)
+    items = [item for item in await all_images(client) if told(item)]
     items.sort(key=lambda item: (-created(item), item.image.name))
     wanted = [item for item in items if _fits(found, item, items, args.repository)]
     columns = {"Repository": "REPOSITORY", "Tag": "TAG", "Digest": "DIGEST", **COLUMNS} if args.digests else COLUMNS
@@ -104,6 +104,25 @@ def split_name(name: str) -> tuple[str, str]:
     head, slash, last = plain.rpartition("/")
     repository, _, tag = last.partition(":")
     return short_image(f"{head}{slash}{repository}"), tag or "<none>"
+
+
+def told(item: Found) -> bool:
+    """Whether a name is a line of its own.
+
+    Kubernetes' images have three (docs/kubernetes.md): the id and the one by digest say nothing beside the tag.
+    """
+    repository, tag = split_name(item.image.name)
+    if tag != "<none>" or len(item.names) == 1:
+        return True
+    others = [split_name(name) for name in item.names]
+    if repository == "<none>":
+        return all(other == (repository, tag) for other in others)
+    return not any(other == repository and its != "<none>" for other, its in others)
+
+
+def dangling(item: Found) -> bool:
+    """Whether none of an image's names has a tag."""
+    return all(split_name(name)[1] == "<none>" for name in item.names)
 
 
 def _fits(found: dict[str, list[str]], item: Found, items: list[Found], repository: str) -> bool:

@@ -232,14 +232,13 @@ async def prune_containers(client: Client, wanted: dict[str, list[str]]) -> tupl
 
 async def prune_images(client: Client, wanted: dict[str, list[str]], *, every: bool) -> tuple[list[str], int]:
     """Removes images that no container is made from: without `every` those without a tag alone."""
-    from wherry.cli.docker_images import created, moment, split_name
+    from wherry.cli.docker_images import created, dangling, moment
 
     used = {item.image for item in await client.containers.list()}
     names: list[str] = []
     freed = 0
     for found in await all_images(client):
-        dangling = split_name(found.image.name)[1] == "<none>"
-        if found.image.name in used or not (every or dangling):
+        if not used.isdisjoint(found.names) or not (every or dangling(found)):
             continue
         if "until" in wanted and created(found) >= moment(wanted["until"][0]):
             continue

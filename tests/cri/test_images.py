@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -307,6 +308,36 @@ def test_wherrys_own_listing_shows_what_was_pulled(ours: Kubelet, lab: WherryLab
     # unpacked: a container of it starts by the other API
     name = f"{registry}/team/app:1"
     assert ctr(lab, "run", "--rm", name, f"x{identity[7:15]}", "echo", "runs") == "runs\n"
+
+
+def wherry(lab: Lab, *args: str) -> str:
+    command = [sys.executable, "-m", "wherry.cli", "--address", lab.address, "-n", NAMESPACE, *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_for_people_an_image_is_one_line(ours: Kubelet, lab: WherryLab, registry: str, tmp_path: Path) -> None:
+    """`wherry images`: the id and the name by digest are shown where there is no tag; and pruning goes by images."""
+    name = f"{registry}/team/shown:1"
+    publish(tmp_path, name, Labels={"v": "old"})
+    old = pull(ours, name)
+
+    def lines() -> list[list[str]]:
+        return [line.split()[:3] for line in wherry(lab, "images").splitlines() if "team/shown" in line]
+
+    assert lines() == [[f"{registry}/team/shown", "1", old[7:19]]]
+    publish(tmp_path, name, Labels={"v": "new"})
+    new = pull(ours, name)
+    assert sorted(lines()) == sorted(
+        [[f"{registry}/team/shown", "1", new[7:19]], [f"{registry}/team/shown", "<none>", old[7:19]]]
+    )
+    wherry(lab, "image", "prune", "-f")
+    assert status(ours, old) is None
+    kept = status(ours, new)
+    assert kept is not None
+    assert list(kept.repo_tags) == [name]
+    assert len(kept.repo_digests) == 1
 
 
 def test_the_list_can_be_filtered_and_streamed(ours: Kubelet, registry: str) -> None:
