@@ -49,6 +49,10 @@ _PROC_EXCEPTIONS = frozenset(
 )
 
 
+# file systems that have labels of their own, and no option for one (runc's mountToRootfs)
+_UNLABELLED = frozenset({"bind", "proc", "sysfs", "cgroup", "cgroup2", "mqueue"})
+
+
 class Rootfs:
     """The mounts of one container. cgroup_paths: controller → directory ("" for v2), for mounts of type `cgroup`."""
 
@@ -62,6 +66,7 @@ class Rootfs:
         kinds = {item["type"] for item in self.linux.get("namespaces") or []}
         self.in_user_namespace = "user" in kinds
         self.has_cgroup_namespace = "cgroup" in kinds
+        self.label = str(self.linux.get("mountLabel") or "")
         self.trees: dict[int, int] = {}
         self.root = Root("/")
 
@@ -104,6 +109,8 @@ class Rootfs:
         options = m.Options(o for o in mount.get("options") or () if o not in m.OURS)
         source = mount.get("source") or ""
         fstype = mount.get("type") or ""
+        if fstype not in _UNLABELLED and not options.flags & sc.MS_BIND:
+            options.data = self._labelled(options.data)
         try:
             _check_proc(destination, source, fstype)
             if tree >= 0:
@@ -123,6 +130,12 @@ class Rootfs:
             what = f"stat {source}: " if missing and is_missing(error) and not os.path.lexists(source) else ""
             text = (error.strerror or str(error)).lower() if what else f"{error.strerror}{detail}"
             raise ContainerError(f'error mounting "{source}" to rootfs at "{destination}": {what}{text}') from None
+
+    def _labelled(self, data: str) -> str:
+        """Options with SELinux's label for all that is in the mount; it has commas, so it is quoted."""
+        if not self.label or "context=" in data:
+            return data
+        return f'{data},context="{self.label}"'.lstrip(",")
 
     def _mount_filesystem(self, fstype: str, source: str, destination: str, options: m.Options) -> None:
         if fstype in ("proc", "sysfs"):
@@ -315,7 +328,7 @@ class Rootfs:
             raise ContainerError(f'can\'t mask path "{path}": {error.strerror}') from None
         try:
             if stat.S_ISDIR(os.fstat(target).st_mode):
-                self.root.mount("tmpfs", "tmpfs", target, sc.MS_RDONLY, "")
+                self.root.mount("tmpfs", "tmpfs", target, sc.MS_RDONLY, self._labelled(""))
             else:
                 tree = clone_tree(null, "", recursive=False)
                 try:

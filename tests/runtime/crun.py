@@ -40,6 +40,8 @@ DIFFERENCES = {
     "test_it_is_restored_more_than_once": _NO_CRIU,
     "test_leave_running": _NO_CRIU,
     "test_memory_first": _NO_CRIU,
+    "test_pages_to_a_page_server": _NO_CRIU,
+    "test_pages_when_they_are_asked_for": _NO_CRIU,
     "test_mounts_are_the_ones_of_the_host": _NO_CRIU,
     "test_a_joined_network_namespace_is_joined_again": _NO_CRIU,
     "test_a_terminal_is_handed_over_again": _NO_CRIU,

@@ -3,13 +3,15 @@ refused, and that criu's words are passed on. In the VM of `make test-v2` (6.1) 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,73 @@ def test_memory_first(counter: Counter, runtime: Runtime, tmp_path: Path) -> Non
     assert os.readlink(f"{counter.images}/parent") == "../first"
     counter.restore()
     counter.goes_on()
+
+
+@contextlib.contextmanager
+def beside(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """A helper of criu's that runs meanwhile and ends by itself."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+        output, _ = process.communicate(timeout=_SECONDS)
+        assert process.returncode == 0, output
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    with open("/proc/net/tcp") as file:
+        return any(
+            line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A" for line in file.readlines()[1:]
+        )
+
+
+def test_pages_to_a_page_server(counter: Counter, criu: str) -> None:
+    """--page-server: the memory goes to another criu, over TCP, the rest to the image folder as always."""
+    counter.start()
+    port = free_port()
+    os.makedirs(counter.images)
+    server = (criu, "page-server", "--address", "127.0.0.1", "--port", str(port), "--images-dir", counter.images)
+    with beside(*server):
+        wait_until(lambda: listens(port))
+        counter.checkpoint("--page-server", f"127.0.0.1:{port}")
+    counter.restore()
+    counter.goes_on()
+
+
+def test_pages_when_they_are_asked_for(counter: Counter, runtime: Runtime, criu: str) -> None:
+    """--lazy-pages: the one that is written serves its memory, the one that is restored takes it as it needs it."""
+    counter.start()
+    there, port = counter.count(), free_port()
+    ready, tell = os.pipe()
+    words = ["checkpoint", "--image-path", counter.images, "--work-path", counter.work, "--lazy-pages"]
+    words += ["--page-server", f"127.0.0.1:{port}", "--status-fd", str(tell), counter.name]
+    writer = subprocess.Popen([*runtime.words, *words], pass_fds=[tell], stdin=subprocess.DEVNULL)
+    os.close(tell)
+    try:
+        with open(ready, "rb") as status:
+            assert status.read(1) == b"\0"
+        server = (criu, "lazy-pages", "--page-server", "--address", "127.0.0.1", "--port", str(port))
+        with beside(*server, "--images-dir", counter.images, "--work-dir", counter.work):
+            wait_until(lambda: os.path.exists(f"{counter.work}/lazy-pages.socket"))
+            again = runtime.new_id()
+            words = ["restore", "--detach", "--lazy-pages", "--image-path", counter.images, "--work-path", counter.work]
+            runtime.detached(*words, "--bundle", str(counter.bundle.path), again)
+            counter.goes_on()
+            assert counter.count() > there
+            assert writer.wait(_SECONDS) == 0
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def test_mounts_are_the_ones_of_the_host(counter: Counter, runtime: Runtime, tmp_path: Path) -> None:

@@ -140,3 +140,18 @@ print(container.forked(write))
 os.mkdir(root)
 """
     assert drive(bundle, body) == ["told"]
+
+
+def test_a_label_of_mounts_becomes_their_context(bundle: Bundle) -> None:
+    """No host within reach has SELinux: what is shown is that the kernel is asked for it, and says what it says."""
+    body = """
+from wherry.runtime import kernel
+kernel._selinux_enabled = lambda: True
+spec["linux"]["mountLabel"] = "system_u:object_r:container_file_t:s0:c4,c5"
+try:
+    container.create(request("one", "true"))
+except ContainerError as error:
+    print(error.message.partition("(flags")[2])
+"""
+    (said,) = drive(bundle, body)
+    assert 'context="system_u:object_r:container_file_t:s0:c4,c5"' in said
