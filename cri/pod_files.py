@@ -20,21 +20,20 @@ from wherry.proto import cri_pb2 as cri
 _SHM: Final = "mode=1777,size=67108864"
 
 
-def make(folder: str, config: cri.PodSandboxConfig, owner: tuple[int, int] = (0, 0)) -> None:
-    """Write the files and mount the memory; `owner` of both: the host's numbers of the pod's root."""
+def make(folder: str, config: cri.PodSandboxConfig) -> None:
+    """Write the files and mount the memory. All of it is root's: who has other users has it by idmapped mounts."""
     os.makedirs(folder, 0o711, exist_ok=True)
     hostname = os.uname().nodename if on_host(config) else config.hostname or os.uname().nodename
-    _write(f"{folder}/hostname", f"{hostname}\n", owner)
-    _write(f"{folder}/hosts", _read("/etc/hosts"), owner)
-    _write(f"{folder}/resolv.conf", resolv_conf(config.dns_config), owner)
+    _write(f"{folder}/hostname", f"{hostname}\n")
+    _write(f"{folder}/hosts", _read("/etc/hosts"))
+    _write(f"{folder}/resolv.conf", resolv_conf(config.dns_config))
     if config.linux.security_context.namespace_options.ipc == cri.NODE:
         if not os.path.isdir("/dev/shm"):
             raise InvalidArgument("the host has no /dev/shm for a pod with the host's IPC: invalid argument")
         return
     os.makedirs(f"{folder}/shm", 0o700, exist_ok=True)
-    users = "" if owner == (0, 0) else f",uid={owner[0]},gid={owner[1]}"
     if not mounts.is_mountpoint(f"{folder}/shm"):
-        sc.mount("shm", f"{folder}/shm", "tmpfs", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, _SHM + users)
+        sc.mount("shm", f"{folder}/shm", "tmpfs", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, _SHM)
 
 
 def free(folder: str) -> None:
@@ -68,9 +67,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _write(path: str, text: str, owner: tuple[int, int]) -> None:
+def _write(path: str, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
-        if owner != (0, 0):
-            os.fchown(fd, *owner)

@@ -56,7 +56,7 @@ class Making:
             await _both(self._node.records.add_pod(pod, sandbox), netns.make(facts.netns))
         else:
             await self._node.records.add_pod(pod, sandbox)
-        pod_files.make(folder, config, _owner(maps))
+        pod_files.make(folder, config)
         if facts.image:
             rootfs = await self._rootfs(pod)
         running = self._run(pod, rootfs)
@@ -120,16 +120,6 @@ def cgroups_path(parent: str, identity: str) -> str:
     if name.endswith(".slice"):
         return f"{name}:cri-containerd:{identity}"
     return f"{parent.rstrip('/') or '/k8s.io'}/{identity}"
-
-
-def _owner(maps: tuple[list[list[int]], list[list[int]]]) -> tuple[int, int]:
-    """The host's numbers of a pod's root."""
-    if not maps[0]:
-        return 0, 0
-    return (
-        next((host for inside, host, _ in maps[0] if inside == 0), 0),
-        next((host for inside, host, _ in maps[1] if inside == 0), 0),
-    )
 
 
 def _labels(pod: Pod) -> dict[str, str]:

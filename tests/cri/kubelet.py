@@ -325,6 +325,16 @@ class ContainerdLab(Lab):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def shims_in(lab: WherryLab, bundle: Path) -> list[int]:
+    """The processes that work in a bundle: a shim, and what it forks."""
+    found = []
+    for pid in lab.daemon.processes():
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/cwd") == str(bundle):
+                found.append(pid)
+    return found
+
+
 def _set_command(archive: Path, command: list[str]) -> None:
     """Give the image of an archive a command that stays."""
     with tarfile.open(archive) as tar:

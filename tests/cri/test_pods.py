@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.cri.kubelet import ContainerdLab, WherryLab, refused
+from tests.cri.kubelet import ContainerdLab, WherryLab, refused, shims_in
 from wherry.proto import cri_pb2 as cri
 
 UNKNOWN = "f" * 64
@@ -165,7 +165,7 @@ def test_a_pod_whose_shim_dies_is_not_ready(lab: WherryLab) -> None:
     config.linux.security_context.namespace_options.pid = cri.POD
     pod = lab.run_pod(config)
     bundle = lab.daemon.state / "tasks/k8s.io" / pod
-    shims = [each for each in lab.daemon.processes() if os.path.realpath(f"/proc/{each}/cwd") == str(bundle)]
+    shims = shims_in(lab, bundle)
     assert shims
     for each in shims:
         os.kill(each, 9)

@@ -3,6 +3,7 @@ reported and can be removed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.cri.kubelet import CNI_BIN, WherryLab, closing
+from tests.cri.kubelet import CNI_BIN, WherryLab, closing, shims_in
 from tests.peers import missing, need
 from wherry.proto import cri_pb2 as cri
 
@@ -86,7 +87,7 @@ def test_a_shim_that_died_meanwhile(fresh: WherryLab) -> None:
     container = lab.run(pod, lab.container_config("main", ["sleep", "1000"]), config)
     lab.daemon.kill()
     bundle = lab.daemon.state / "tasks/k8s.io" / pod
-    shims = [each for each in lab.daemon.processes() if os.path.realpath(f"/proc/{each}/cwd") == str(bundle)]
+    shims = shims_in(lab, bundle)
     assert shims
     for each in shims:
         os.kill(each, 9)
@@ -146,7 +147,7 @@ echo '{{"cniVersion": "1.0.0", "ips": [{{"address": "10.99.0.9/24"}}]}}'
     lab.remove_pods()
     assert not lab.kubelet.ListPodSandbox().items
     for pid in lab.daemon.processes():  # the plugin that sleeps is nobody's any more
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
             if b"/stall" in file.read():
                 os.kill(pid, 9)
     assert lab.daemon.settle() == []
