@@ -24,6 +24,7 @@ from wherry.client.spec_defaults import default_spec
 from wherry.client.users import User
 from wherry.client.values import Mount
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.failpoints import reach
 from wherry.core.labels import MAX_LABEL, OWN
 from wherry.cri import container_security
 from wherry.cri.container_spec import Making, build
@@ -175,7 +176,9 @@ class Maker:
             extensions=self._noted(member, making),
         )
         await client.containers.create(record)
+        reach("cri.create.recorded")
         mounts = await self._prepare(member, pod, image)
+        reach("cri.create.prepared")
         member.transient["mounts"] = mounts
         if final:
             return

@@ -21,6 +21,7 @@ from wherry.client.fifos import discard
 from wherry.client.tasks import Process
 from wherry.core import topics
 from wherry.core.errors import DeadlineExceeded, NotFound, Unavailable, WherryError
+from wherry.core.failpoints import reach
 from wherry.cri.container_status import ERROR, OOM_KILLED, UNKNOWN, UNKNOWN_EXIT_CODE
 from wherry.cri.records import NAMESPACE, Member
 from wherry.proto import cri_pb2 as cri
@@ -106,8 +107,14 @@ class Ends:
             return
         ended = events_pb2.TaskExit.FromString(event.packed.value)
         member = self._node.records.members.get(ended.container_id)
-        if member is not None and ended.id == ended.container_id:
-            self._do(self.ended(member, ended.exit_status, ended.exited_at.ToNanoseconds()))
+        if member is None or ended.id != ended.container_id:
+            return
+        end = ended.exit_status, ended.exited_at.ToNanoseconds()
+        if member.facts.started_at or "starting" in member.transient:
+            self._do(self.ended(member, *end))
+        else:
+            # of a task that never ran and is taken back, or of one whose start `check` is about to find out
+            member.transient["early"] = end
 
     # -- the end of one
 
@@ -143,11 +150,14 @@ class Ends:
             unknown=False,
         )
         facts.started_at = facts.started_at or facts.finished_at
+        reach("cri.end.seen")
         try:
             await self._node.records.put_member(Member(member.id, member.config, facts))
         except NotFound:
             log.info("a container ended whose record is gone", id=member.id)
+        reach("cri.end.noted")
         await self.delete_task(member)
+        reach("cri.end.deleted")
         member.facts = facts
         self.stopped(member).set()
         self._node.events.tell(member.id, cri.CONTAINER_STOPPED_EVENT)
@@ -246,6 +256,9 @@ class Ends:
             return
         facts.unknown, facts.pid = False, task.pid
         facts.started_at = facts.started_at or time.time_ns()
+        if (early := member.transient.pop("early", None)) is not None:
+            await self.ended(member, *early)
+            return
         await self._node.records.put_member(member)
 
     async def _delete_leftover(self, member: Member, task: Process) -> None:
@@ -256,6 +269,7 @@ class Ends:
         """The daemon was killed between the task's creation and its start: the kubelet will ask again."""
         with contextlib.suppress(NotFound):
             await self._node.client.tasks.delete(member.id)
+        member.transient.pop("early", None)
 
     async def _told(self, member: Member) -> tuple[int, int, str]:
         """Code, time and reason of a task that is gone: what the journal of events says, else unknown."""

@@ -22,6 +22,7 @@ from wherry.client.fifos import discard, lone_stdin
 from wherry.client.tasks import Stdio
 from wherry.core import container_logs
 from wherry.core.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.failpoints import reach
 from wherry.cri import container_checkpoint, container_status
 from wherry.cri.container_create import Maker
 from wherry.cri.container_ends import Ends
@@ -123,6 +124,7 @@ class Members:
         stdio = self._stdio(member)
         try:
             pid = await tasks.create(member.id, mounts, stdio)
+            reach("cri.start.created")
             started = time.time_ns()  # before it runs: it may have ended when the answer is here
             try:
                 await tasks.start(member.id)
@@ -134,6 +136,7 @@ class Members:
             if stdio.stdin:
                 discard(stdio)
             raise
+        reach("cri.start.started")
         facts.pid, facts.started_at = pid, started
         # the task says the same: a daemon that is killed before this is written finds out by it
         self._write(member)
@@ -237,21 +240,24 @@ class Members:
     async def _remove(self, member: Member) -> None:
         await self.stop(member, 0)
         member.facts.removing = True
+        reach("cri.remove.stopped")
         try:
             with contextlib.suppress(NotFound):
                 await self._client.tasks.delete(member.id)
             with contextlib.suppress(NotFound):
                 await self._client.snapshots(member.facts.snapshotter).remove(member.facts.snapshot)
+            reach("cri.remove.unmounted")
             with contextlib.suppress(NotFound):
                 await self._client.containers.delete(member.id)
         except BaseException:
             member.facts.removing = False
             raise
+        reach("cri.remove.forgotten")
         await self._maker.remove_folder(member)
         self._records.drop_member(member)
         self._stats.forget(member.id)
         self._names.forget({other.facts.image_id for other in self._records.members.values()})
-        self._node.events.tell(member.id, cri.CONTAINER_DELETED_EVENT)
+        self._node.events.tell(member.id, cri.CONTAINER_DELETED_EVENT, member.facts.pod)
 
     async def remove_all(self, pod: str) -> None:
         """Remove all containers of a pod."""

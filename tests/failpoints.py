@@ -87,4 +87,4 @@ POINTS: Final = [
     *_points("runtime", KEPT, "runtime.delete.cgroup", "runtime.delete.removed", hooks=True),
 ]
 # places whose names begin so are another part's, whose own tests go there
-ELSEWHERE: Final = ("network.",)
+ELSEWHERE: Final = ("network.", "cri.")
