@@ -98,7 +98,10 @@ async def info(session: Session, args: argparse.Namespace) -> None:
 def _security() -> dict[str, Any]:
     """What confines containers; of an ordinary user what the host allows, and what it won't."""
     if not places.is_users():
-        return {"SecurityOptions": ["seccomp"], "Rootless": False}
+        from wherry.client.security import default_profile
+
+        profile = default_profile()
+        return {"SecurityOptions": ["seccomp", *([f"apparmor={profile}"] if profile else [])], "Rootless": False}
     from wherry.client.doctor import allowed
 
     return {"SecurityOptions": ["seccomp", "rootless"], "Rootless": True, "Allowed": allowed()}

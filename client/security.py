@@ -12,7 +12,10 @@ from wherry.core.errors import InvalidArgument
 
 
 class Security(NamedTuple):
-    """`seccomp`: "" is the default profile, `unconfined` none, else a file. `label` is SELinux' context."""
+    """`seccomp`: "" is the default profile, `unconfined` none, else a file; `apparmor` likewise, else a name.
+
+    `label` is SELinux' context.
+    """
 
     seccomp: str = ""
     no_new_privileges: bool = False
@@ -65,8 +68,9 @@ def apply(
     names = _capabilities(list(process["capabilities"]["bounding"]), privileged=privileged, add=add, drop=drop)
     process["capabilities"] = capabilities(names)
     process["noNewPrivileges"] = security.no_new_privileges
-    if security.apparmor and security.apparmor != "unconfined":
-        process["apparmorProfile"] = security.apparmor
+    apparmor = security.apparmor or ("" if privileged else default_profile())
+    if apparmor and apparmor != "unconfined":
+        process["apparmorProfile"] = apparmor
     if security.label:
         process["selinuxLabel"] = security.label
         linux["mountLabel"] = security.label
@@ -83,6 +87,13 @@ def apply(
     if wanted != "unconfined":
         profile = seccomp_of(wanted, names)
         linux["seccomp"] = of_docker(profile, names) if is_dockers(profile) else profile
+
+
+def default_profile() -> str:
+    """AppArmor's profile of a container for which none is named; "" where the host hasn't got it."""
+    from wherry.core import apparmor
+
+    return apparmor.NAME if apparmor.loaded() else ""
 
 
 def _capabilities(names: list[str], *, privileged: bool, add: Sequence[str], drop: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import structlog
 
 from wherry.core import platforms
 from wherry.core.errors import FailedPrecondition, NotFound
-from wherry.daemon import boot, logs, metrics
+from wherry.daemon import apparmor, boot, logs, metrics
 from wherry.daemon.bundle import find
 from wherry.daemon.checkpoints import Checkpoints
 from wherry.daemon.config import Config
@@ -103,6 +103,8 @@ class Daemon:
         began = time.perf_counter()
         notify("STATUS=starting")
         self._make_folders()
+        # before containers that the restarts bring back ask for it
+        await apparmor.provide()
         self._cleanup.push_async_callback(self._forks.close)
         self._exchange = Exchange()
         await self._build_stores()
