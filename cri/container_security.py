@@ -15,29 +15,17 @@ from wherry.client import users
 from wherry.client.capabilities import NAMES
 from wherry.client.security import is_dockers, of_docker
 from wherry.client.spec import ALL_DEVICES, capability, host_devices, own_capabilities, seccomp_of
+from wherry.core import apparmor
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from wherry.proto import cri_pb2 as cri
 
 if TYPE_CHECKING:
     from wherry.cri.settings import Handler, Settings
 
-# the profile of containers for which nothing is said, on hosts with AppArmor
-APPARMOR_DEFAULT = "cri-containerd.apparmor.d"
 _LOCALHOST = "localhost/"
-_APPARMOR = "/sys/module/apparmor/parameters/enabled"
-_APPARMOR_PROFILES = "/sys/kernel/security/apparmor/profiles"
 _SELINUX = "/sys/fs/selinux/enforce"
 _LEVEL = re.compile(r"s\d{1,2}(-s\d{1,2})?(:c\d{1,4}(\.c\d{1,4})?(,c\d{1,4}(\.c\d{1,4})?)*)?")
 _MAX_ID = (1 << 32) - 1
-
-
-def has_apparmor() -> bool:
-    """Whether the kernel has AppArmor and it is on."""
-    try:
-        with open(_APPARMOR, encoding="ascii") as file:
-            return file.read(1) == "Y"
-    except OSError:
-        return False
 
 
 def has_selinux() -> bool:
@@ -217,26 +205,17 @@ def _seccomp(spec: dict[str, Any], context: cri.LinuxContainerSecurityContext, s
 def _apparmor(process: dict[str, Any], context: cri.LinuxContainerSecurityContext, settings: Settings) -> None:
     given = context.apparmor if context.HasField("apparmor") else None
     kind, name = profile(given, context.apparmor_profile, "apparmor")
-    if settings.disable_apparmor or not has_apparmor():
+    if settings.disable_apparmor or not apparmor.enabled():
         if kind not in {"", "unconfined"}:
             raise FailedPrecondition("apparmor is not supported: failed precondition")
         return
     if kind == "unconfined" or (kind != "localhost" and context.privileged):
         return
-    wanted = name if kind == "localhost" else APPARMOR_DEFAULT
-    if wanted in _apparmor_profiles():
+    wanted = name if kind == "localhost" else apparmor.NAME
+    if apparmor.loaded(wanted):
         process["apparmorProfile"] = wanted
     elif kind:  # where nothing was asked for, a profile that nobody loaded is none
         raise NotFound(f"apparmor profile not found {wanted}: not found")
-
-
-def _apparmor_profiles() -> frozenset[str]:
-    """The profiles that the kernel knows."""
-    try:
-        with open(_APPARMOR_PROFILES, encoding="utf-8") as file:
-            return frozenset(line.rpartition(" (")[0] for line in file)
-    except OSError:
-        return frozenset()
 
 
 # -- SELinux

@@ -15,6 +15,7 @@ import pytest
 from tests.cri.kubelet import WherryLab, refused
 from tests.cri.test_containers import Lab, Pod
 from wherry.client.users import User
+from wherry.core import apparmor
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from wherry.cri import container_mounts, container_security
 from wherry.cri.container_spec import Making, arguments, build, cgroup_path, oom_score, resources
@@ -213,18 +214,18 @@ def test_apparmor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = making(tmp_path, context=context(**fields), privileged=True)
         return build(made)["process"].get("apparmorProfile", "")
 
-    monkeypatch.setattr(container_security, "has_apparmor", lambda: False)
+    monkeypatch.setattr(apparmor, "enabled", lambda: False)
     assert profile() == profile(apparmor=of(profile_type=of.Unconfined)) == ""
     for asked in (local, of(profile_type=of.RuntimeDefault)):
         with pytest.raises(FailedPrecondition, match="apparmor is not supported"):
             profile(apparmor=asked)
-    monkeypatch.setattr(container_security, "has_apparmor", lambda: True)
-    monkeypatch.setattr(container_security, "_apparmor_profiles", lambda: {container_security.APPARMOR_DEFAULT})
-    assert profile() == profile(apparmor=of(profile_type=of.RuntimeDefault)) == container_security.APPARMOR_DEFAULT
+    monkeypatch.setattr(apparmor, "enabled", lambda: True)
+    monkeypatch.setattr(apparmor, "loaded", lambda name: name == apparmor.NAME)
+    assert profile() == profile(apparmor=of(profile_type=of.RuntimeDefault)) == apparmor.NAME
     assert profile(apparmor=of(profile_type=of.Unconfined)) == profile(privileged=True) == ""
     with pytest.raises(NotFound, match="apparmor profile not found mine"):
         profile(apparmor=local)
-    monkeypatch.setattr(container_security, "_apparmor_profiles", lambda: {"mine"})
+    monkeypatch.setattr(apparmor, "loaded", lambda name: name == "mine")
     assert profile(apparmor=local) == profile(apparmor_profile="localhost/mine") == "mine"
 
 
