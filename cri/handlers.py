@@ -7,7 +7,7 @@ from typing import NamedTuple
 from google.protobuf.any_pb2 import Any as Packed
 
 from wherry.core import typeurl
-from wherry.core.errors import InvalidArgument
+from wherry.core.errors import FailedPrecondition, InvalidArgument
 from wherry.core.names import quote
 from wherry.cri.settings import Handler, Settings
 from wherry.proto import runc_options_pb2, runtimeoptions_pb2
@@ -25,11 +25,13 @@ class Chosen(NamedTuple):
     handler: Handler
     runtime: str
     options: Packed | None
-    ours: bool
 
 
 def choose(settings: Settings, name: str) -> Chosen:
-    """The handler of that name, "" for the default one. Raises InvalidArgument for one that isn't configured."""
+    """The handler of that name, "" for the default one.
+
+    Raises InvalidArgument for one that isn't configured, FailedPrecondition for one with somebody else's shim.
+    """
     name = name or settings.default_handler
     handler = settings.handlers.get(name)
     if handler is None:
@@ -39,7 +41,13 @@ def choose(settings: Settings, name: str) -> Chosen:
             "invalid argument"
         )
     runtime = handler.runtime_path or handler.runtime_type
-    return Chosen(name, handler, runtime, _options(settings, name, handler), runtime in _OURS)
+    if runtime not in _OURS:
+        # its containers' logs and streams would have to go another way than by our shim
+        raise FailedPrecondition(
+            f"runtime handler {quote(name)}: {quote(runtime)} is another's shim, and pods run in Wherry's own, with "
+            "any OCI runtime that options.BinaryName names: failed precondition"
+        )
+    return Chosen(name, handler, runtime, _options(settings, name, handler))
 
 
 def _options(settings: Settings, name: str, handler: Handler) -> Packed | None:

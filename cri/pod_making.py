@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from wherry.core import typeurl
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # labels of the sandbox's record, of more than this many characters with their keys they are left out
 _LABEL_LIMIT = 4096
+_ROOT = "containerd.io/gc.root"
 
 
 class Making:
@@ -84,6 +86,8 @@ class Making:
 
     async def _pause_spec(self, pod: Pod, spec: dict[str, Any], folder: str) -> dict[str, Any]:
         """The specification with the image's process; the image is pulled where it isn't there."""
+        from wherry.cri.container_spec import cgroup_path, oom_score
+
         image = await self._node.images.ensure(self._node.settings.pause_image)
         pod.facts.image = image.id
         pod.facts.more["chain"] = await self._node.images.unpacked(image, pod.facts.snapshotter)
@@ -95,7 +99,8 @@ class Making:
             image=image.picture.settings,
             shm="/dev/shm" if host_ipc else f"{folder}/shm",
             resolv_conf=f"{folder}/resolv.conf",
-            cgroups_path=cgroups_path(pod.facts.cgroup, pod.id),
+            cgroups_path=cgroup_path(pod.facts.cgroup, pod.id),
+            oom_score=oom_score(pod_spec.OOM_SCORE, self._node.settings),
         )
 
     async def _rootfs(self, pod: Pod) -> list[types_pb2.Mount]:
@@ -114,14 +119,6 @@ class Making:
                 await self._node.client.snapshots(pod.facts.snapshotter).remove(pod.id)
 
 
-def cgroups_path(parent: str, identity: str) -> str:
-    """Where a pod's container goes below the pod's cgroup: as a path, or for systemd as SLICE:PREFIX:NAME."""
-    name = parent.rsplit("/", 1)[-1]
-    if name.endswith(".slice"):
-        return f"{name}:cri-containerd:{identity}"
-    return f"{parent.rstrip('/') or '/k8s.io'}/{identity}"
-
-
 def _labels(pod: Pod) -> dict[str, str]:
     """The pod's own labels, for whoever looks at records, and the one that says what it is."""
     own = {key: value for key, value in pod.config.labels.items() if value and len(key) + len(value) <= _LABEL_LIMIT}
@@ -129,11 +126,13 @@ def _labels(pod: Pod) -> dict[str, str]:
 
 
 def _snapshot_labels(pod: Pod) -> dict[str, str]:
+    # no container's record names it: it stays until its pod is removed
+    labels = {_ROOT: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     if not pod.facts.uid_map:
-        return {}
+        return labels
     # how containerd asks a snapshotter for files of other owners
     uid, gid = pod.facts.uid_map[0], pod.facts.gid_map[0]
-    return {
+    return labels | {
         "containerd.io/snapshot/uidmapping": ":".join(map(str, uid)),
         "containerd.io/snapshot/gidmapping": ":".join(map(str, gid)),
     }

@@ -12,7 +12,7 @@ from wherry.proto import cri_pb2 as cri
 
 # a pause container's share of the processor and its place when memory runs out, as containerd has them
 _SHARES: Final = 2
-_OOM_SCORE: Final = -998
+OOM_SCORE: Final = -998
 # kinds of sysctls that belong to a namespace of the pod; elsewhere they would be the host's
 _OF_NETWORK: Final = ("net.",)
 _OF_IPC: Final = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
@@ -116,6 +116,7 @@ def with_pause(
     shm: str,
     resolv_conf: str,
     cgroups_path: str,
+    oom_score: int,
 ) -> dict[str, Any]:
     """The specification `namespaces_only` with the process of a pause image, whose `config` is `image`."""
     command = [*(image.get("Entrypoint") or []), *(image.get("Cmd") or [])]
@@ -125,7 +126,7 @@ def with_pause(
     process = made["process"]
     context = config.linux.security_context
     process |= {"args": command, "env": list(image.get("Env") or []), "cwd": image.get("WorkingDir") or "/"}
-    process["oomScoreAdj"] = _OOM_SCORE
+    process["oomScoreAdj"] = oom_score
     uid = context.run_as_user.value if context.HasField("run_as_user") else _number(image.get("User"))
     gid = context.run_as_group.value if context.HasField("run_as_group") else uid and _number(image.get("User"), 1)
     process["user"] = {"uid": uid, "gid": gid, "additionalGids": list(context.supplemental_groups)}

@@ -62,7 +62,10 @@ class Kubelet:
     """A client of both services: `kubelet.RunPodSandbox(config=…)` is that call, with the request's fields."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(f"unix:{address}", options=[("grpc.default_authority", "localhost")])
+        # a daemon that comes back is found soon
+        backoff = [(f"grpc.{word}_reconnect_backoff_ms", 200) for word in ("initial", "min", "max")]
+        options = [("grpc.default_authority", "localhost"), *backoff]
+        self._channel = grpc.insecure_channel(f"unix:{address}", options=options)
 
     def close(self) -> None:
         self._channel.close()
@@ -79,7 +82,7 @@ class Kubelet:
         make = method.request
 
         def called(request: Any = None, *, timeout: float = TIMEOUT, **fields: Any) -> Any:
-            return call(make(**fields) if request is None else request, timeout=timeout)
+            return call(make(**fields) if request is None else request, timeout=timeout, wait_for_ready=True)
 
         return called
 
@@ -228,10 +231,16 @@ class Lab:
 
     def import_busybox(self) -> str:
         """The tests' image in the namespace k8s.io."""
+        return self.import_image([])
+
+    def import_image(self, command: list[str]) -> str:
+        """The same, with a command of its own for who names none."""
         archive = self.folder / "busybox.tar"
         busybox.write_archive(archive)
-        command = [need("ctr"), "--address", self.address, "--namespace", NAMESPACE, "images", "import", str(archive)]
-        subprocess.run(command, capture_output=True, check=True, timeout=60)
+        if command:
+            _set_command(archive, command)
+        ctr = [need("ctr"), "--address", self.address, "--namespace", NAMESPACE, "images", "import", str(archive)]
+        subprocess.run(ctr, capture_output=True, check=True, timeout=60)
         return busybox.NAME
 
     def clean_up(self) -> None:
@@ -286,7 +295,7 @@ class ContainerdLab(Lab):
         super().__init__(folder, str(folder / "d.sock"), "containerd")
         try:
             self.until(self._serves, "containerd serves", 30)
-            self._import_pause()
+            self.import_image(["/bin/sleep", "1000000"])  # a pause that stays
         except BaseException:
             self.close()
             raise
@@ -296,14 +305,6 @@ class ContainerdLab(Lab):
             self.kubelet.Version(timeout=1.0)
             return True
         return False
-
-    def _import_pause(self) -> None:
-        """Its pods need a process that stays; busybox's shell with nobody at its input doesn't."""
-        archive = self.folder / "busybox.tar"
-        busybox.write_archive(archive)
-        _set_command(archive, ["/bin/sleep", "1000000"])
-        command = [need("ctr"), "--address", self.address, "--namespace", NAMESPACE, "images", "import", str(archive)]
-        subprocess.run(command, capture_output=True, check=True, timeout=60)
 
     def close(self) -> None:
         """End everything."""
