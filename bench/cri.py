@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import grpc
 
+from bench import measure
 from bench.api import Failed
 from bench.daemons import Daemon, Lab, busybox_layout
 from wherry.proto import cri_pb2 as pb
@@ -24,6 +25,7 @@ from wherry.proto import service
 
 CNI_PLUGINS = "/usr/lib/cni"
 PODS, WARM_UPS = 30, 3
+SLEEPING = 50
 _SERVICES = ("runtime.v1.RuntimeService", "runtime.v1.ImageService")
 # a machine whose root lacks CAP_SYS_RESOURCE (a container, some VMs) can't lower what the OOM killer thinks of a pod
 _CONFIG = """
@@ -73,6 +75,13 @@ class Node:
 
     def pod(self, name: str, *, host_network: bool) -> float:
         """Seconds until a pod's container runs; afterwards all of it is removed."""
+        seconds, pod, container = self.start(name, host_network=host_network)
+        self._call("StopContainer", pb.StopContainerRequest(container_id=container, timeout=0))
+        self.remove(pod)
+        return seconds
+
+    def start(self, name: str, *, host_network: bool) -> tuple[float, str, str]:
+        """Seconds until a pod's container runs, the pod and the container."""
         sandbox, container = self._configs(name, host_network=host_network)
         begun = time.perf_counter()
         pod = self._call("RunPodSandbox", pb.RunPodSandboxRequest(config=sandbox)).pod_sandbox_id
@@ -83,10 +92,28 @@ class Node:
         status = self._call("ContainerStatus", pb.ContainerStatusRequest(container_id=made)).status
         if status.state != pb.CONTAINER_RUNNING:
             raise Failed(f"the container on {self._daemon.kind} doesn't run: {status}")
-        self._call("StopContainer", pb.StopContainerRequest(container_id=made, timeout=0))
+        return seconds, pod, made
+
+    def remove(self, pod: str) -> None:
+        """The pod goes with all that is in it."""
         self._call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
         self._call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
-        return seconds
+
+    def weight(self, count: int) -> int:
+        """kB of PSS of the daemon, its helpers, shims and what holds pods, while so many pods sleep."""
+        pods = [self.start(f"weight{number}", host_network=True) for number in range(count)]
+        time.sleep(2)
+        rows = [line.split() for line in self._daemon.ctr("-n", "k8s.io", "task", "ls").splitlines()[1:]]
+        containers = {container for _, _, container in pods}
+        pids = {row[0]: int(row[1]) for row in rows if row[2] == "RUNNING"}
+        pauses = {pid for name, pid in pids.items() if name not in containers}
+        shims = {measure.parent(pid) for pid in pids.values()}
+        if self._daemon.process is None:
+            raise Failed(f"{self._daemon.kind} doesn't run")
+        found = sum(map(measure.pss, measure.descendants(self._daemon.process.pid) | shims | pauses))
+        for _, pod, _ in pods:
+            self.remove(pod)
+        return found
 
     def _configs(self, name: str, *, host_network: bool) -> tuple[pb.PodSandboxConfig, pb.ContainerConfig]:
         """What a kubelet sends for a pod that asks for little: labels, a cgroup, a log, a default seccomp profile."""
@@ -117,7 +144,10 @@ class Node:
 
 
 def pods_by_turns(lab: Lab, *, pods: int = PODS) -> dict[str, list[float]]:
-    """Median milliseconds of each daemon (ours, containerd), for pods on the host's network and on one by CNI."""
+    """Figures of each daemon (ours, containerd).
+
+    Median milliseconds for pods on the host's network (`host`) and on one by CNI (`cni`), kB of PSS with 50 (`weight`).
+    """
     if not Path(CNI_PLUGINS, "bridge").exists():
         raise SystemExit("bench: CNI's plugins are missing; .ci/run says which Debian packages the peers are in")
     bridges = {"wherry": "wherry-bench0", "containerd": "wherry-bench1"}
@@ -130,7 +160,9 @@ def pods_by_turns(lab: Lab, *, pods: int = PODS) -> dict[str, list[float]]:
             daemons.append(
                 lab.add(kind, name=f"{kind}-cri", config=_CONFIG.format(pause=line, plugins=CNI_PLUGINS, folder=folder))
             )
-        return {what: _turns(daemons, lab.image, pods, host=what == "host") for what in ("host", "cni")}
+        found = {what: _turns(daemons, lab.image, pods, host=what == "host") for what in ("host", "cni")}
+        found["weight"] = [_weight(daemon, lab.image) for daemon in daemons]
+        return found
     finally:
         for bridge in bridges.values():
             subprocess.run(["ip", "link", "del", bridge], capture_output=True)
@@ -147,6 +179,11 @@ def _turns(daemons: Sequence[Daemon], image: str, pods: int, *, host: bool) -> l
     for node in nodes:
         node.__exit__(None, None, None)
     return [statistics.median(row) for row in times]
+
+
+def _weight(daemon: Daemon, image: str) -> float:
+    with Node(daemon, image) as node:
+        return node.weight(SLEEPING)
 
 
 def _pause(lab: Lab) -> str:
