@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from wherry.client.grpc_options import OPTIONS, as_error, serialize, target
-from wherry.client.transport import Response
+from wherry.client.transport import Call, Response
 from wherry.core.errors import Unavailable, WherryError
 
 R = TypeVar("R", bound=Message)
@@ -109,51 +109,25 @@ class GrpcTransport:
         except TimeoutError:
             raise Unavailable(f"no daemon answers at {self.address}") from None
 
-    async def unary(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> Response:
+    async def unary(self, call: Call[Response]) -> Response:
         """One request, one answer."""
-        return await self.begin(path, request, response, metadata=metadata, timeout=timeout).result()
+        return await self.begin(call).result()
 
-    def begin(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,
-    ) -> AsyncPending[Response]:
+    def begin(self, call: Call[Response]) -> AsyncPending[Response]:
         """Sends a request now; its answer is asked for later."""
         method: grpc.aio.UnaryUnaryMultiCallable[Any, Response] = self._channel.unary_unary(
-            f"/{path}", serialize, response.FromString
+            f"/{call.path}", serialize, call.response.FromString
         )
-        call = method(request, timeout=timeout, metadata=tuple(metadata.items()))
-        return AsyncPending(call)
+        return AsyncPending(method(call.request, timeout=call.timeout, metadata=tuple(call.metadata.items())))
 
-    async def stream(
-        self,
-        path: str,
-        request: Message | None,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> AsyncStream[Response]:
+    async def stream(self, call: Call[Response]) -> AsyncStream[Response]:
         """A call that streams: with a `request` only the other side does, without one both do."""
         method: grpc.aio.StreamStreamMultiCallable[Any, Response] = self._channel.stream_stream(
-            f"/{path}", serialize, response.FromString
+            f"/{call.path}", serialize, call.response.FromString
         )
-        call = method(None, timeout=timeout, metadata=tuple(metadata.items()))
-        stream = AsyncStream(call)
-        if request is not None:
-            await stream.send(request)
+        stream = AsyncStream(method(None, timeout=call.timeout, metadata=tuple(call.metadata.items())))
+        if call.request is not None:
+            await stream.send(call.request)
             await stream.close_send()
         return stream
 

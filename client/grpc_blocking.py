@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from wherry.client.grpc_options import OPTIONS, as_error, serialize, target
-from wherry.client.transport import Response
+from wherry.client.transport import Call, Response
 from wherry.core.errors import Unavailable, WherryError
 
 R = TypeVar("R", bound=Message)
@@ -130,49 +130,25 @@ class BlockingGrpcTransport:
         except grpc.FutureTimeoutError:
             raise Unavailable(f"no daemon answers at {self.address}") from None
 
-    async def unary(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> Response:
+    async def unary(self, call: Call[Response]) -> Response:
         """One request, one answer."""
-        method = self._channel.unary_unary(f"/{path}", serialize, response.FromString)
+        method = self._channel.unary_unary(f"/{call.path}", serialize, call.response.FromString)
         try:
-            return cast(Response, method(request, timeout=timeout, metadata=tuple(metadata.items())))
+            return cast(Response, method(call.request, timeout=call.timeout, metadata=tuple(call.metadata.items())))
         except grpc.RpcError as failure:
             raise _raised(failure) from None
 
-    def begin(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,
-    ) -> BlockingPending[Response]:
+    def begin(self, call: Call[Response]) -> BlockingPending[Response]:
         """Sends a request now; its answer is asked for later."""
-        method = self._channel.unary_unary(f"/{path}", serialize, response.FromString)
-        return BlockingPending(method.future(request, timeout=timeout, metadata=tuple(metadata.items())))
+        method = self._channel.unary_unary(f"/{call.path}", serialize, call.response.FromString)
+        return BlockingPending(method.future(call.request, timeout=call.timeout, metadata=tuple(call.metadata.items())))
 
-    async def stream(
-        self,
-        path: str,
-        request: Message | None,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> BlockingStream[Response]:
+    async def stream(self, call: Call[Response]) -> BlockingStream[Response]:
         """A call that streams: with a `request` only the other side does, without one both do."""
-        method = self._channel.stream_stream(f"/{path}", serialize, response.FromString)
-        stream: BlockingStream[Response] = BlockingStream(method, metadata, timeout)
-        if request is not None:
-            await stream.send(request)
+        method = self._channel.stream_stream(f"/{call.path}", serialize, call.response.FromString)
+        stream: BlockingStream[Response] = BlockingStream(method, call.metadata, call.timeout)
+        if call.request is not None:
+            await stream.send(call.request)
             await stream.close_send()
         return stream
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
 from wherry.client.grpc_async import AsyncPending, AsyncStream, GrpcTransport
-from wherry.client.transport import Response
+from wherry.client.transport import Call, Response
 from wherry.core.errors import Unavailable
 
 R = TypeVar("R", bound=Message)
@@ -49,26 +48,15 @@ def may_repeat(path: str, error: Unavailable) -> bool:
 class PatientPending(Generic[R]):
     """A call on its way that is sent again where it may be."""
 
-    def __init__(
-        self,
-        transport: PatientTransport,
-        path: str,
-        request: Message,
-        response: type[R],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,
-    ) -> None:
+    def __init__(self, transport: PatientTransport, call: Call[R]) -> None:
         self._transport = transport
-        self._sending = (path, request, response)
-        self._metadata = metadata
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._sending = call
+        self._deadline = None if call.timeout is None else time.monotonic() + call.timeout
         self._call: AsyncPending[R] = self._send()
 
     def _send(self) -> AsyncPending[R]:
-        path, request, response = self._sending
         left = None if self._deadline is None else max(0.001, self._deadline - time.monotonic())
-        return self._transport.inner.begin(path, request, response, metadata=self._metadata, timeout=left)
+        return self._transport.inner.begin(self._sending._replace(timeout=left))
 
     async def result(self) -> R:
         """Waits for the answer; raises Unavailable when the daemon stays away."""
@@ -80,7 +68,7 @@ class PatientPending(Generic[R]):
                 # the time counts from the first try that failed: a wait may have lasted for days before
                 end = end or time.monotonic() + self._transport.patience
                 last = end if self._deadline is None else min(end, self._deadline)
-                if time.monotonic() >= last or not may_repeat(self._sending[0], error):
+                if time.monotonic() >= last or not may_repeat(self._sending.path, error):
                     raise
             await asyncio.sleep(PAUSE)
             self._call = self._send()
@@ -98,42 +86,18 @@ class PatientTransport:
         self.inner = inner
         self.patience = patience
 
-    async def unary(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> Response:
+    async def unary(self, call: Call[Response]) -> Response:
         """One request, one answer."""
-        return await self.begin(path, request, response, metadata=metadata, timeout=timeout).result()
+        return await self.begin(call).result()
 
-    def begin(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,
-    ) -> PatientPending[Response]:
+    def begin(self, call: Call[Response]) -> PatientPending[Response]:
         """Sends a request now; its answer is asked for later."""
-        return PatientPending(self, path, request, response, metadata=metadata, timeout=timeout)
+        return PatientPending(self, call)
 
-    async def stream(
-        self,
-        path: str,
-        request: Message | None,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> AsyncStream[Response]:
+    async def stream(self, call: Call[Response]) -> AsyncStream[Response]:
         """A call that streams; it begins when the daemon is there, and isn't repeated."""
         await self.inner.ready(self.patience)
-        return await self.inner.stream(path, request, response, metadata=metadata, timeout=timeout)
+        return await self.inner.stream(call)
 
     async def close(self) -> None:
         """Closes the channel and cancels what runs on it."""

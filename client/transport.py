@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -69,44 +69,36 @@ class Stream(Protocol[Response_co]):
         """Gives the call up where it isn't over, frees what it holds. May be called twice."""
 
 
-class Transport(Protocol):
-    """One connection (or pool of them) to a daemon.
+class Call(NamedTuple, Generic[Response]):
+    """A call as it is to be made.
 
     `path` is a method as gRPC spells it, without the first slash: `containerd.services.version.v1.Version/Version`.
-    `timeout` is in seconds, None for no limit. `metadata` has lower-case keys.
+    `request` is None for a stream in both directions. `timeout` is in seconds, None for no limit. `metadata` has
+    lower-case keys.
     """
 
-    async def unary(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> Response:
+    path: str
+    request: Message | None
+    response: type[Response]
+    metadata: Mapping[str, str]
+    timeout: float | None = None
+
+    @property
+    def payload(self) -> bytes:
+        """The request in bytes; none for None."""
+        return b"" if self.request is None else self.request.SerializeToString()
+
+
+class Transport(Protocol):
+    """One connection (or pool of them) to a daemon."""
+
+    async def unary(self, call: Call[Response]) -> Response:
         """One request, one answer."""
 
-    def begin(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,
-    ) -> Pending[Response]:
+    def begin(self, call: Call[Response]) -> Pending[Response]:
         """Sends a request now; its answer is asked for later."""
 
-    async def stream(
-        self,
-        path: str,
-        request: Message | None,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> Stream[Response]:
+    async def stream(self, call: Call[Response]) -> Stream[Response]:
         """A call that streams: with a `request` only the other side does, without one both do."""
 
     async def close(self) -> None:
@@ -165,19 +157,18 @@ class Calls:
 
     async def unary(self, path: str, request: Message, response: type[Response], *, endless: bool = False) -> Response:
         """One request, one answer."""
-        return await self.transport.unary(
-            path, request, response, metadata=self.metadata(), timeout=self.limit(endless=endless)
-        )
+        return await self.transport.unary(self._call(path, request, response, endless=endless))
 
     def begin(self, path: str, request: Message, response: type[Response]) -> Pending[Response]:
         """Sends a request whose answer may take long."""
-        return self.transport.begin(path, request, response, metadata=self.metadata(), timeout=self.limit(endless=True))
+        return self.transport.begin(self._call(path, request, response, endless=True))
 
     async def stream(self, path: str, request: Message | None, response: type[Response]) -> Stream[Response]:
         """A call that streams, without a limit of its own."""
-        return await self.transport.stream(
-            path, request, response, metadata=self.metadata(), timeout=self.limit(endless=True)
-        )
+        return await self.transport.stream(self._call(path, request, response, endless=True))
+
+    def _call(self, path: str, request: Message | None, response: type[Response], *, endless: bool) -> Call[Response]:
+        return Call(path, request, response, self.metadata(), self.limit(endless=endless))
 
     async def messages(self, path: str, request: Message, response: type[Response]) -> AsyncIterator[Response]:
         """Everything that a server stream brings."""

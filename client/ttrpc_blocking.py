@@ -11,11 +11,11 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from wherry.client.transport import Pending, Response, Stream, Transport
+from wherry.client.transport import Call, Pending, Response, Stream, Transport
 from wherry.core.errors import DeadlineExceeded, Internal, Unavailable, Unimplemented, from_code
 from wherry.proto.ttrpc import sockets
 from wherry.proto.ttrpc.frames import REMOTE_CLOSED, REMOTE_OPEN, Answer, ClientConnection, Payload
@@ -46,11 +46,11 @@ class _Connection:
         # streams that are answered while somebody waits for another one
         self.responders: dict[int, Callable[[Answer | Payload], bool]] = {}
 
-    def open(self, path: str, payload: bytes, metadata: Mapping[str, str], timeout: float | None, flags: int) -> int:
-        service, _, method = path.partition("/")
-        nanoseconds = 0 if timeout is None else max(1, int(timeout * 1e9))
+    def open(self, call: Call[Any], flags: int) -> int:
+        service, _, method = call.path.partition("/")
+        nanoseconds = 0 if call.timeout is None else max(1, int(call.timeout * 1e9))
         stream, data = self.protocol.call(
-            service, method, payload, timeout_nano=nanoseconds, metadata=metadata, flags=flags
+            service, method, call.payload, timeout_nano=nanoseconds, metadata=call.metadata, flags=flags
         )
         self.inbox[stream] = deque()
         self.send(data)
@@ -267,19 +267,11 @@ class BlockingTtrpcTransport:
             raise Unavailable(f"no connection to {self.path}")
         return self._open
 
-    async def unary(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> Response:
+    async def unary(self, call: Call[Response]) -> Response:
         """One request, one answer."""
         if self._other is None:
             try:
-                answer = await self._send(path, request, response, metadata, timeout).result()
+                answer = await self._send(call).result()
             except Unimplemented:
                 if self._proven or self.fall_back is None:
                     raise
@@ -287,40 +279,23 @@ class BlockingTtrpcTransport:
             else:
                 self._proven = True
                 return answer
-        return await self._other.unary(path, request, response, metadata=metadata, timeout=timeout)
+        return await self._other.unary(call)
 
-    def begin(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,
-    ) -> Pending[Response]:
+    def begin(self, call: Call[Response]) -> Pending[Response]:
         """Sends a request now; its answer is asked for later."""
         if self._other is not None:
-            return self._other.begin(path, request, response, metadata=metadata, timeout=timeout)
-        return self._send(path, request, response, metadata, timeout)
+            return self._other.begin(call)
+        return self._send(call)
 
-    async def stream(
-        self,
-        path: str,
-        request: Message | None,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - it goes on the wire as the call's deadline
-    ) -> Stream[Response]:
+    async def stream(self, call: Call[Response]) -> Stream[Response]:
         """A call that streams: with a `request` only the other side does, without one both do."""
         if not self._proven and self._other is None:
-            await self._prove(metadata)
+            await self._prove(call.metadata)
         if self._other is not None:
-            return await self._other.stream(path, request, response, metadata=metadata, timeout=timeout)
+            return await self._other.stream(call)
         connection = self._connection()
-        payload, flags = (b"", REMOTE_OPEN) if request is None else (request.SerializeToString(), REMOTE_CLOSED)
-        stream = connection.open(path, payload, metadata, timeout, flags)
-        return TtrpcStream(connection, stream, response, _deadline(timeout))
+        stream = connection.open(call, REMOTE_OPEN if call.request is None else REMOTE_CLOSED)
+        return TtrpcStream(connection, stream, call.response, _deadline(call.timeout))
 
     async def close(self) -> None:
         """Ends the connection."""
@@ -329,12 +304,10 @@ class BlockingTtrpcTransport:
         if self._other is not None:
             await self._other.close()
 
-    def _send(
-        self, path: str, request: Message, response: type[Response], metadata: Mapping[str, str], timeout: float | None
-    ) -> TtrpcPending[Response]:
+    def _send(self, call: Call[Response]) -> TtrpcPending[Response]:
         connection = self._connection()
-        stream = connection.open(path, request.SerializeToString(), metadata, timeout, 0)
-        return TtrpcPending(connection, stream, response, _deadline(timeout))
+        stream = connection.open(call, 0)
+        return TtrpcPending(connection, stream, call.response, _deadline(call.timeout))
 
     async def _prove(self, metadata: Mapping[str, str]) -> None:
         """Finds out who answers before a stream does: a refusal would come only when it is read."""
@@ -343,7 +316,7 @@ class BlockingTtrpcTransport:
         from wherry.proto.version_pb2 import VersionResponse
 
         path = "containerd.services.version.v1.Version/Version"
-        await self.unary(path, Empty(), VersionResponse, metadata=metadata, timeout=self._timeout)
+        await self.unary(Call(path, Empty(), VersionResponse, metadata, self._timeout))
 
 
 def _deadline(timeout: float | None) -> float | None:

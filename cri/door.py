@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Generic, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from wherry.client.transport import Response
+from wherry.client.transport import Call, Response
 from wherry.core.errors import Cancelled, DeadlineExceeded, Unimplemented, WherryError
 from wherry.proto.service import Context, Method, methods
 
@@ -43,51 +43,28 @@ class LocalTransport:
                 return found
         raise Unimplemented(f"unknown service {name}: it is disabled in the configuration")
 
-    async def unary(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - the contract of transports
-    ) -> Response:
+    async def unary(self, call: Call[Response]) -> Response:
         """One request, one answer."""
-        _, function = self._find(path)
+        _, function = self._find(call.path)
+        timeout = call.timeout
         if timeout is None:
-            return cast("Response", await function(request, Context(metadata)))
+            return cast("Response", await function(call.request, Context(call.metadata)))
         try:
             async with asyncio.timeout(timeout):
-                return cast("Response", await function(request, Context(metadata, time.monotonic() + timeout)))
+                context = Context(call.metadata, time.monotonic() + timeout)
+                return cast("Response", await function(call.request, context))
         except TimeoutError:
-            raise DeadlineExceeded(f"{path}: no answer within {timeout:g} s: deadline exceeded") from None
+            raise DeadlineExceeded(f"{call.path}: no answer within {timeout:g} s: deadline exceeded") from None
 
-    def begin(
-        self,
-        path: str,
-        request: Message,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,
-    ) -> LocalPending[Response]:
+    def begin(self, call: Call[Response]) -> LocalPending[Response]:
         """Begins a call now; its answer is asked for later."""
-        call = self.unary(path, request, response, metadata=metadata, timeout=timeout)
-        return LocalPending(asyncio.get_running_loop().create_task(call))
+        return LocalPending(asyncio.get_running_loop().create_task(self.unary(call)))
 
-    async def stream(
-        self,
-        path: str,
-        request: Message | None,
-        response: type[Response],
-        *,
-        metadata: Mapping[str, str],
-        timeout: float | None,  # noqa: ASYNC109 - the contract of transports
-    ) -> LocalStream[Response]:
+    async def stream(self, call: Call[Response]) -> LocalStream[Response]:
         """A call that streams."""
-        method, function = self._find(path)
-        context = Context(metadata, None if timeout is None else time.monotonic() + timeout)
-        return LocalStream(method, function, request, context)
+        method, function = self._find(call.path)
+        context = Context(call.metadata, None if call.timeout is None else time.monotonic() + call.timeout)
+        return LocalStream(method, function, call.request, context)
 
     async def close(self) -> None:
         """Nothing is held."""
