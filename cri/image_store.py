@@ -78,7 +78,8 @@ class ImageIndex:
         """Every image that is complete enough to be run; what other clients brought becomes the CRI's, too."""
         names = await self._client.images.list()
         found = await self._grouped(names)
-        self._known = {key: value for key, value in self._known.items() if any(key == i.target.digest for i in names)}
+        there = {image.target.digest for image in names}
+        self._known = {key: value for key, value in self._known.items() if key in there}
         return [await self._adopted(image, names) for image in found]
 
     async def find(self, wanted: str) -> LocalImage:

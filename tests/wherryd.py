@@ -32,7 +32,8 @@ from tests import busybox, networks
 from tests.peers import need
 
 BUSYBOX = busybox.NAME
-START_TIMEOUT = 20.0
+# an emulated machine takes its time
+START_TIMEOUT = float(os.environ.get("WHERRY_TESTS_START_SECONDS", "20"))
 
 
 class Wherryd:
