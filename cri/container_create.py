@@ -89,7 +89,7 @@ class Maker:
             image_id=image.id,
             created_at=time.time_ns(),
             stop_signal=_stop_signal(config, image.picture.settings),
-            log_path=posixpath.join(pod.config.log_directory, config.log_path) if config.log_path else "",
+            log_path=_log_path(pod.config.log_directory, config.log_path),
             snapshotter=snapshotter,
             snapshot=identity,
         )
@@ -172,7 +172,7 @@ class Maker:
             spec=spec,
             snapshotter=facts.snapshotter,
             snapshot_key=facts.snapshot,
-            sandbox=pod.id,
+            sandbox="" if pod.facts.more.get("apart") else pod.id,  # another's shim finds its pod by annotations
             extensions=self._noted(member, making),
         )
         await client.containers.create(record)
@@ -273,6 +273,12 @@ async def _built(making: Making) -> dict[str, Any]:
     if making.config.mounts or making.config.devices or making.context.privileged:
         return await asyncio.to_thread(build, making)
     return build(making)
+
+
+def _log_path(folder: str, name: str) -> str:
+    """Where its output goes, "" for nowhere: without a pod's folder a relative name says nothing."""
+    path = posixpath.join(folder, name) if name else ""
+    return path if path.startswith("/") else ""
 
 
 def _stop_signal(config: cri.ContainerConfig, settings: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from wherry.core import topics
 from wherry.core.errors import DeadlineExceeded, NotFound, Unavailable, WherryError
 from wherry.core.failpoints import reach
 from wherry.cri.container_status import ERROR, OOM_KILLED, UNKNOWN, UNKNOWN_EXIT_CODE
-from wherry.cri.records import NAMESPACE, Member
+from wherry.cri.records import NAMESPACE, Member, MemberFacts
 from wherry.proto import cri_pb2 as cri
 from wherry.proto import events_pb2
 
@@ -151,17 +151,35 @@ class Ends:
         )
         facts.started_at = facts.started_at or facts.finished_at
         reach("cri.end.seen")
-        try:
-            await self._node.records.put_member(Member(member.id, member.config, facts))
-        except NotFound:
-            log.info("a container ended whose record is gone", id=member.id)
-        reach("cri.end.noted")
-        await self.delete_task(member)
-        reach("cri.end.deleted")
+        if await self._note(member, facts):
+            reach("cri.end.noted")
+            await self.delete_task(member)
+            reach("cri.end.deleted")
+        else:
+            self._do(self._note_later(member, facts))
         member.facts = facts
         self.stopped(member).set()
         self._node.events.tell(member.id, cri.CONTAINER_STOPPED_EVENT)
         log.info("container ended", id=member.id, code=code, reason=facts.reason, message=message)
+
+    async def _note(self, member: Member, facts: MemberFacts) -> bool:
+        """Write an end; False where that can't be done now (a full disk)."""
+        try:
+            await self._node.records.put_member(Member(member.id, member.config, facts))
+        except NotFound:
+            log.info("a container ended whose record is gone", id=member.id)
+        except WherryError as error:
+            log.error("a container's end can't be written yet", id=member.id, error=error.message)
+            return False
+        return True
+
+    async def _note_later(self, member: Member, facts: MemberFacts) -> None:
+        """Until then the task stays, from which the next daemon would learn it."""
+        noted = False
+        while not noted and member.id in self._node.records.members:
+            await asyncio.sleep(_RETRY)
+            noted = await self._note(member, facts)
+        await self.delete_task(member)
 
     async def _why(self, member: Member, code: int) -> tuple[str, str]:
         """The reason where it isn't what the exit code says, and what is known of a kill."""

@@ -34,12 +34,14 @@ class Names:
         now = time.monotonic()
         if identity in self._known and now < self._known[identity][0]:
             return
+        _, tag, digest = self._known.get(identity, (0.0, "", ""))
         try:
             image = await self._node.images.resolve(identity)
         except NotFound:
-            return  # removed; what was known of it stays
-        tag = next(iter(image.repo_tags), "")
-        digest = next(iter(image.repo_digests), "")
+            pass  # removed; what was known of it stays
+        else:
+            tag = next(iter(image.repo_tags), "")
+            digest = next(iter(image.repo_digests), "")
         self._known[identity] = now + _NAMES_KEPT, tag, digest
 
     def of(self, member: Member) -> tuple[str, str]:

@@ -21,9 +21,16 @@ import structlog
 from wherry.client.fifos import discard, lone_stdin
 from wherry.client.tasks import Stdio
 from wherry.core import container_logs
-from wherry.core.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    WherryError,
+)
 from wherry.core.failpoints import reach
-from wherry.cri import container_checkpoint, container_status
+from wherry.cri import container_checkpoint, container_status, foreign_logs
 from wherry.cri.container_create import Maker
 from wherry.cri.container_ends import Ends
 from wherry.cri.container_spec import resources
@@ -45,6 +52,8 @@ SIGKILL = 9
 KILL_SECONDS = 30.0
 # seconds in which the end of a container that runs no more is noted
 _NOTED = 20.0
+# seconds between the tries to delete the task of a shim that is dead
+_BURIAL = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
 # containers in one message of a stream
 _BATCH = 100
 
@@ -141,9 +150,17 @@ class Members:
         # the task says the same: a daemon that is killed before this is written finds out by it
         self._write(member)
 
+    def _apart(self, member: Member) -> bool:
+        """Whether its pod runs in somebody else's shim."""
+        pod = self._records.pods.get(member.facts.pod)
+        return pod is not None and bool(pod.facts.more.get("apart"))
+
     def _stdio(self, member: Member) -> Stdio:
         config = member.config
-        uri = container_logs.cri_uri(member.facts.log_path, self._node.settings.max_container_log_line_size)
+        if self._apart(member):
+            uri = foreign_logs.uri(member.facts.log_path) if member.facts.log_path else ""
+        else:
+            uri = container_logs.cri_uri(member.facts.log_path, self._node.settings.max_container_log_line_size)
         stdin = lone_stdin(member.id) if config.stdin else ""
         return Stdio(stdin, uri, "" if config.tty else uri, config.tty)
 
@@ -188,9 +205,9 @@ class Members:
                 if await _within(grace, stopped):
                     return
             await self._client.tasks.kill(member.id, SIGKILL, every=True)
-        except NotFound:
-            # it has ended: its exit is on its way, or was missed
-            if not await _within(1.0, stopped):
+        except (NotFound, Unavailable):
+            # it has ended, or its shim has: its exit is on its way, or was missed
+            if not await _within(2.0, stopped):
                 await self._ends.check(member)
                 await self._outlived(member, _NOTED)
             return
@@ -242,8 +259,7 @@ class Members:
         member.facts.removing = True
         reach("cri.remove.stopped")
         try:
-            with contextlib.suppress(NotFound):
-                await self._client.tasks.delete(member.id)
+            await self._delete_task(member)
             with contextlib.suppress(NotFound):
                 await self._client.snapshots(member.facts.snapshotter).remove(member.facts.snapshot)
             reach("cri.remove.unmounted")
@@ -258,6 +274,20 @@ class Members:
         self._stats.forget(member.id)
         self._names.forget({other.facts.image_id for other in self._records.members.values()})
         self._node.events.tell(member.id, cri.CONTAINER_DELETED_EVENT, member.facts.pod)
+
+    async def _delete_task(self, member: Member) -> None:
+        """Where there is one. A shim that has just died is cleaned up after by the daemon: that is waited for."""
+        for pause in (*_BURIAL, None):
+            try:
+                await self._client.tasks.delete(member.id)
+            except NotFound:
+                return
+            except Unavailable:
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+            else:
+                return
 
     async def remove_all(self, pod: str) -> None:
         """Remove all containers of a pod."""
@@ -329,7 +359,10 @@ class Members:
         member = self._records.member(request.container_id)
         if member.state != cri.CONTAINER_RUNNING:
             raise FailedPrecondition("container is not running: failed precondition")
-        await self._client.tasks.reopen_log(member.id)
+        if self._apart(member):
+            await foreign_logs.reopened(member.facts.log_path)
+        else:
+            await self._client.tasks.reopen_log(member.id)
         return cri.ReopenContainerLogResponse()
 
     async def checkpoint_container(self, request: cri.CheckpointContainerRequest) -> cri.CheckpointContainerResponse:

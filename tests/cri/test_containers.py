@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 
-from tests.cri.kubelet import ContainerdLab, WherryLab, refused
+from tests.cri.kubelet import ContainerdLab, WherryLab, closing, refused
+from tests.peers import need
 from wherry.cri.exec_sync import LIMIT
 from wherry.proto import cri_pb2 as cri
 
@@ -187,6 +188,31 @@ def test_out_of_memory(each_pod: Pod) -> None:
     ended = each_pod.lab.exited(container)
     assert (ended.exit_code, ended.reason) == (137, "OOMKilled")
     each_pod.lab.kubelet.RemoveContainer(container_id=container)
+
+
+def test_a_runtime_of_somebody_else(runc_lab: WherryLab) -> None:
+    """The pod's shim runs Debian's runc for a handler whose options name it."""
+    config = runc_lab.pod_config(host_network=True)
+    pod = Pod(runc_lab.run_pod(config, handler="other"), config, runc_lab)
+    default = cri.SecurityProfile(profile_type=cri.SecurityProfile.RuntimeDefault)
+    container = pod.run("runc", "sleep", "1000", linux=linux(seccomp=default, no_new_privs=True))
+    assert runc_lab.exec(container, "echo", "here").strip() == "here"
+    state = json.loads(Path(f"{_bundle(runc_lab, container)}/runtime.json").read_text())
+    assert "runc" in json.dumps(state)
+    runc_lab.kubelet.StopContainer(cri.StopContainerRequest(container_id=container, timeout=1))
+    assert runc_lab.container_status(container).exit_code in {137, 143}
+
+
+@pytest.fixture
+def runc_lab() -> Iterator[WherryLab]:
+    program = need("runc")
+    table = 'plugins."io.containerd.grpc.v1.cri".containerd.runtimes.other'
+    yield from closing(WherryLab(f'[{table}]\n[{table}.options]\nBinaryName = "{program}"\n'))
+
+
+def _bundle(lab: WherryLab, container: str) -> str:
+    found = list((lab.folder / "state" / "tasks").glob(f"k8s.io/{container}"))
+    return str(found[0])
 
 
 # -- lists

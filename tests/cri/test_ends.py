@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import grpc
 import pytest
 
 from tests.cri.kubelet import WherryLab, refused
 from tests.cri.test_containers import Pod
+from wherry.core.errors import ResourceExhausted
+from wherry.cri import container_ends
+from wherry.cri.records import Member, MemberFacts
 from wherry.proto import cri_pb2 as cri
+
+if TYPE_CHECKING:
+    from wherry.cri.node import Node
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes containers: run as root")
 
@@ -131,6 +140,43 @@ def test_a_stopped_shim_delays_no_one_for_long(pod: Pod) -> None:
     assert pod.lab.container_status(container).state == cri.CONTAINER_EXITED
     kubelet.StopPodSandbox(pod_sandbox_id=other.id)
     kubelet.RemovePodSandbox(pod_sandbox_id=other.id)
+
+
+async def test_an_end_that_cannot_be_written_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: the task, from which another daemon would learn it, is deleted when the record is written."""
+    monkeypatch.setattr(container_ends, "_RETRY", 0.01)
+    member = Member("c", cri.ContainerConfig(), MemberFacts(created_at=1, started_at=2))
+    happened: list[str] = []
+    deleted = asyncio.Event()
+
+    class Records:
+        members: ClassVar = {"c": member}
+        tries = 0
+
+        async def put_member(self, given: Member) -> None:
+            self.tries += 1
+            if self.tries < 3:
+                raise ResourceExhausted("no space left on device")
+            happened.append(f"written {given.facts.exit_code}")
+
+    class Tasks:
+        async def delete(self, identity: str) -> None:
+            happened.append(f"deleted {identity}")
+            deleted.set()
+
+    node = SimpleNamespace(
+        records=Records(),
+        client=SimpleNamespace(tasks=Tasks()),
+        events=SimpleNamespace(tell=lambda identity, kind: happened.append("told")),
+        on_close=lambda closer: None,
+    )
+    ends = container_ends.Ends(cast("Node", node))
+    await ends.ended(member, 3, 5)
+    assert (member.state, member.facts.exit_code, happened) == (cri.CONTAINER_EXITED, 3, ["told"])
+    async with asyncio.timeout(10):
+        await deleted.wait()
+    assert happened == ["told", "written 3", "deleted c"]
+    await ends.close()
 
 
 def test_many_at_once(pod: Pod) -> None:
