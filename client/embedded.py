@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wherry.client.api import Client
 
 # seconds until a daemon must serve: a cold start takes about one
-START = 30.0
+START = 60.0
 # seconds that it has for its end, before it is killed
 STOP = 15.0
 # lines of its log that an error shows
