@@ -39,6 +39,7 @@ PACKAGES = {
     "node": "nodejs",
     "npm": "npm",
     "openssl": "openssl",
+    "kubectl": "kubernetes-client",
 }
 REQUIRED = os.environ.get("WHERRY_REQUIRE_PEERS") == "1"
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -93,9 +94,12 @@ async def _feed(source: Source, fd: int) -> None:
 class Processes:
     """Does exec and attach for the streaming server."""
 
-    def __init__(self, client: Client, records: Records) -> None:
+    def __init__(self, client: Client, records: Records, folder: str) -> None:
+        """`folder` is for FIFOs; what another daemon left there is removed."""
         self._client = client
         self._records = records
+        self._folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
 
     async def run(self, call: Call, channels: Channels) -> int:
         """A call; its exit code, 0 for attach. Raises WherryError."""
@@ -110,7 +114,7 @@ class Processes:
         if spec is None or "process" not in spec:
             raise FailedPrecondition(f"container {call.id} has no OCI specification to take the process from")
         process = process_of(spec["process"], call.command, tty=call.tty)
-        with Fifos(name[:12], stdin=call.stdin, terminal=call.tty) as fifos:
+        with Fifos(name[:12], stdin=call.stdin, terminal=call.tty, parent=self._folder) as fifos:
             await tasks.exec(call.id, name, process, fifos.stdio)
             try:
                 pending = asyncio.ensure_future(tasks.waiting(call.id, name).result())
@@ -176,7 +180,7 @@ class Processes:
         task = await self._client.tasks.get(member.id)
         pending = asyncio.ensure_future(self._client.tasks.waiting(member.id).result())
         helpers: list[asyncio.Task[Any]] = []
-        with Fifos("attach", stdin=False, terminal=tty) as fifos:
+        with Fifos("attach", stdin=False, terminal=tty, parent=self._folder) as fifos:
             try:
                 outflows = [Outflow(fifos.stdout, channels.stdout)] if channels.stdout is not None else []
                 if channels.stderr is not None and not tty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 from wherry.core.durations import parse_duration
@@ -73,10 +74,11 @@ class Streaming:
         async with self._starting:
             if self._server is None:
                 records = self._node.records
+                folder = os.path.join(self._node.places.state, "cri", "fifo")
                 server = StreamServer(
                     await _listening(self._node.settings),
                     self._tokens,
-                    Processes(self._node.client, records).run,
+                    Processes(self._node.client, records, folder).run,
                     lambda pod: netns_of(records, pod),
                 )
                 await server.start()

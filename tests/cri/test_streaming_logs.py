@@ -181,3 +181,35 @@ def test_a_terminal_whose_client_goes_away_is_hung_up(lab: WherryLab) -> None:
     lab.until(
         lambda: lab.kubelet.ExecSync(container_id=container, cmd=["cat", "/tmp/hung"], timeout=5).stdout, "it knows"
     )
+
+
+def test_nothing_is_left_of_streams(lab: WherryLab) -> None:
+    container, _ = started(lab, "sleep 1000000")
+    pid = lab.daemon.process.pid if lab.daemon.process is not None else 0
+    fifos = lab.folder / "state" / "cri" / "fifo"
+
+    def counted() -> tuple[int, int, int]:
+        return (
+            len(os.listdir(f"/proc/{pid}/fd")),
+            len(os.listdir(f"/proc/{pid}/task")),
+            len(list(fifos.iterdir())) if fifos.exists() else 0,
+        )
+
+    def use() -> None:
+        for fields in ({"cmd": ["echo", "x"]}, {"cmd": ["cat"], "stdin": True}, {"cmd": ["/none"]}):
+            url = lab.kubelet.Exec(container_id=container, stdout=True, **fields).url
+            streams.websocket(url, ["v5.channel.k8s.io"], [b"\xff\0"])
+        url = lab.kubelet.Attach(container_id=container, stdout=True).url
+        streams.websocket(url, ["v5.channel.k8s.io"], [], 0.3)
+
+    use()
+    lab.until(lambda: counted()[2] == 0, "the FIFOs are gone")
+    before = counted()
+    for _ in range(3):
+        use()
+    lab.until(lambda: counted()[0] <= before[0] and counted()[2] == 0, f"as before: {before}")
+    lab.daemon.kill()  # what one that is killed leaves is gone with the first stream of the next one
+    (fifos / "stray").mkdir(parents=True)
+    lab.daemon.start()
+    lab.kubelet.Exec(container_id=container, cmd=["true"], stdout=True)
+    assert not (fifos / "stray").exists()
