@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from wherry.cri.interfaces import Interface
     from wherry.cri.node import Node
 
-# seconds for what has to be counted on a disk
-_COUNTING = 5.0
+# seconds that an answer waits for what has to be counted on a disk: the first time, and where there is a count already
+_COUNTING, _RECOUNTING = 5.0, 0.5
 # the interface that Kubernetes shows as the pod's
 _DEFAULT_INTERFACE = "eth0"
 
@@ -39,6 +39,7 @@ class Stats:
         self._node = node
         self._cpu: dict[str, tuple[int, int, int]] = {}
         self._disk: dict[str, tuple[float, Usage]] = {}
+        self._counting: dict[str, asyncio.Task[None]] = {}
 
     def forget(self, identity: str) -> None:
         """A container or pod is gone."""
@@ -120,18 +121,22 @@ class Stats:
         now = time.monotonic()
         if kept is not None and now - age < self._node.settings.stats_collect_period:
             return kept
+        counting = self._counting.get(member.id)
+        if counting is None:
+            counting = self._counting[member.id] = asyncio.get_running_loop().create_task(self._count(member))
+            counting.add_done_callback(lambda _: self._counting.pop(member.id, None))
+        await asyncio.wait([counting], timeout=_COUNTING if kept is None else _RECOUNTING)
+        return self._disk.get(member.id, (0.0, None))[1]
+
+    async def _count(self, member: Member) -> None:
+        """Count what is on the disk; a large tree on a slow one takes its time, and is counted once at a time."""
         facts = member.facts
         try:
-            async with asyncio.timeout(_COUNTING):
-                found = await self._node.client.snapshots(facts.snapshotter).usage(facts.snapshot)
-        except (WherryError, TimeoutError):
-            return kept
-        self._disk[member.id] = now, found
-        return found
-
-    async def disk(self, member: Member) -> Usage | None:
-        """What a container's writable layer holds."""
-        return await self._usage(member)
+            found = await self._node.client.snapshots(facts.snapshotter).usage(facts.snapshot)
+        except WherryError:
+            return  # as it was, then
+        if member.id in self._node.records.members:
+            self._disk[member.id] = time.monotonic(), found
 
     # -- pods
 
