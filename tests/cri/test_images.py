@@ -6,12 +6,14 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,8 +27,12 @@ from tests import busybox
 from tests.cri.kubelet import NAMESPACE, ContainerdLab, Kubelet, Lab, WherryLab
 from tests.peers import need
 from tests.registry.conftest import HASH, PASSWORD, USER, running_registry
+from wherry.core.errors import InvalidArgument
+from wherry.cri.image_mirrors import config_path
+from wherry.cri.settings import Registry
 from wherry.daemon.config import load
 from wherry.proto import cri_pb2 as cri
+from wherry.registry.hosts import hosts_for
 
 Status = grpc.StatusCode
 
@@ -373,42 +379,68 @@ def test_collection_spares_what_was_pulled(ours: Kubelet, lab: WherryLab, regist
     assert lab.exited(lab.run(lab.run_pod(config), container, config)).exit_code == 0
 
 
-def test_pinned_images_are_told_as_such(registry: str) -> None:
-    node = WherryLab(
-        f'[plugins."io.containerd.grpc.v1.cri".pinned_images]\nkeep = "{registry}/team/app:1"\n', image=False
-    )
-    try:
-        kubelet = node.kubelet
-        pull(kubelet, f"{registry}/team/app:1")
-        pull(kubelet, f"{registry}/team/app:2")
-        pinned = {image.repo_tags[0]: image.pinned for image in kubelet.ListImages().images}
-        assert pinned == {f"{registry}/team/app:1": True, f"{registry}/team/app:2": False}
-        # a person's label does the same, as with containerd
-        label = "io.cri-containerd.pinned=pinned"
-        ctr(node, "images", "label", f"{registry}/team/app:2", label)
-        assert all(image.pinned for image in kubelet.ListImages().images)
-    finally:
-        node.close()
+@pytest.fixture(scope="module")
+def configured(registry: str, locked: str) -> Iterator[WherryLab]:
+    """A node with what the configuration says about images; each of its tests has names of its own."""
+    table = 'plugins."io.containerd.grpc.v1.cri"'
+    settings = f"""
+[{table}.pinned_images]
+keep = "{registry}/team/app:1"
+[{table}.registry.configs."{locked}".auth]
+username = "{USER}"
+password = "{PASSWORD}"
+[{table}.registry.mirrors."cluster.example"]
+endpoint = ["http://127.0.0.1:1", "http://{registry}"]
+[plugins."io.containerd.cri.v1.images"]
+image_pull_progress_timeout = "3s"
+max_concurrent_downloads = 7
+"""
+    with contextlib.closing(WherryLab(settings, image=False)) as lab:
+        yield lab
+
+
+def test_pinned_images_are_told_as_such(configured: WherryLab, registry: str) -> None:
+    kubelet = configured.kubelet
+    pull(kubelet, f"{registry}/team/app:1")
+    pull(kubelet, f"{registry}/team/app:2")
+
+    def pinned(name: str) -> bool:
+        return any(image.pinned for image in kubelet.ListImages().images if name in image.repo_tags)
+
+    assert pinned(f"{registry}/team/app:1")
+    assert not pinned(f"{registry}/team/app:2")
+    # a person's label does the same, as with containerd
+    ctr(configured, "images", "label", f"{registry}/team/app:2", "io.cri-containerd.pinned=pinned")
+    assert pinned(f"{registry}/team/app:2")
 
 
 @pytest.mark.parametrize("silent", ["at once", "in a layer"])
-def test_a_registry_that_stalls_is_given_up(registry: str, silent: str) -> None:
+def test_a_registry_that_stalls_is_given_up(configured: WherryLab, registry: str, silent: str, tmp_path: Path) -> None:
     """After `image_pull_progress_timeout`, with the message that says what didn't come; the node stays well."""
-    node = WherryLab('[plugins."io.containerd.cri.v1.images"]\nimage_pull_progress_timeout = "2s"\n', image=False)
-    try:
-        with _stalling(registry, after_blobs=silent == "in a layer") as address:
-            kubelet = node.kubelet
-            began = time.monotonic()
-            with refused(Status.DEADLINE_EXCEEDED) as said:
-                pull(kubelet, f"{address}/team/app:1")
-            assert 1.5 < time.monotonic() - began < 30
-            assert "no progress for 2 s" in said[0]
-            assert "image_pull_progress_timeout" in said[0]
-            assert ("layer" in said[0]) == (silent == "in a layer"), said[0]
-            # others aren't in its way
-            assert pull(kubelet, f"{registry}/team/app:1").startswith("sha256:")
-    finally:
-        node.close()
+    # an image that the node has no part of
+    name = f"stalling{len(silent)}:1"
+    publish(tmp_path, f"{registry}/team/{name}", layers=[busybox.layer(), tar_of(silent)])
+    with _stalling(registry, after_blobs=silent == "in a layer") as address:
+        began = time.monotonic()
+        with refused(Status.DEADLINE_EXCEEDED) as said:
+            pull(configured.kubelet, f"{address}/team/{name}")
+        assert 2.5 < time.monotonic() - began < 60
+        assert "no progress for 3 s" in said[0]
+        assert "image_pull_progress_timeout" in said[0]
+        assert ("layer" in said[0]) == (silent == "in a layer"), said[0]
+        # others aren't in its way
+        assert pull(configured.kubelet, f"{registry}/team/named:1").startswith("sha256:")
+
+
+def tar_of(text: str) -> bytes:
+    """A layer that is larger than what a stalling registry gives, and compresses badly."""
+    data = b"".join(hashlib.sha256(f"{text}{number}".encode()).digest() for number in range(10_000))
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        item = tarfile.TarInfo("noise")
+        item.size = len(data)
+        archive.addfile(item, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 def test_a_pull_that_a_crash_interrupted_can_be_repeated(registry: str) -> None:
@@ -435,26 +467,11 @@ def test_many_pulls_of_one_image_are_one(ours: Kubelet, registry: str) -> None:
     assert len(set(found)) == 1
 
 
-def test_config_path_and_mirrors_are_heeded(registry: str, tmp_path: Path) -> None:
+def test_config_path_is_heeded(registry: str, tmp_path: Path) -> None:
     hosts = tmp_path / "certs.d" / "cluster.example"
     hosts.mkdir(parents=True)
     (hosts / "hosts.toml").write_text(f'server = "https://cluster.example"\n[host."http://{registry}"]\n')
     settings = f'[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "{tmp_path}/certs.d"\n'
-    node = WherryLab(settings, image=False)
-    try:
-        kubelet = node.kubelet
-        pull(kubelet, "cluster.example/team/app:1")
-        image = status(kubelet, "cluster.example/team/app:1")
-        assert image is not None
-        assert list(image.repo_tags) == ["cluster.example/team/app:1"]
-    finally:
-        node.close()
-
-
-def test_mirrors_in_the_older_way(registry: str) -> None:
-    """`[registry.mirrors]`, in their order; the one that nobody answers at is passed over."""
-    table = '[plugins."io.containerd.grpc.v1.cri".registry.mirrors."cluster.example"]'
-    settings = f'{table}\nendpoint = ["http://127.0.0.1:1", "http://{registry}"]\n'
     with contextlib.closing(WherryLab(settings, image=False)) as node:
         pull(node.kubelet, "cluster.example/team/app:1")
         image = status(node.kubelet, "cluster.example/team/app:1")
@@ -462,24 +479,56 @@ def test_mirrors_in_the_older_way(registry: str) -> None:
         assert list(image.repo_tags) == ["cluster.example/team/app:1"]
 
 
-def test_downloads_at_once_are_those_of_the_cri() -> None:
+def test_mirrors_in_the_older_way(configured: WherryLab) -> None:
+    """`[registry.mirrors]`, in their order; the one that nobody answers at is passed over."""
+    pull(configured.kubelet, "cluster.example/team/app:1")
+    image = status(configured.kubelet, "cluster.example/team/app:1")
+    assert image is not None
+    assert "cluster.example/team/app:1" in image.repo_tags
+
+
+def test_both_ways_of_naming_mirrors_are_refused(tmp_path: Path) -> None:
+    registry = Registry(config_path="/etc/certs.d", mirrors={"a.example": {"endpoint": ["https://b.example"]}})
+    with pytest.raises(InvalidArgument, match="config_path"):
+        config_path(registry, str(tmp_path / "made"))
+    with pytest.raises(InvalidArgument, match="no address"):
+        config_path(Registry(mirrors={"a.example": {"endpoint": ["b.example"]}}), str(tmp_path / "made"))
+    with pytest.raises(InvalidArgument, match="not a host"):
+        config_path(Registry(mirrors={"../a": {"endpoint": ["https://b.example"]}}), str(tmp_path / "made"))
+
+
+def test_mirrors_and_certificates_become_files_of_hosts(tmp_path: Path) -> None:
+    """What is written is what `hosts.toml` means: order, certificates by host, a path as the whole root, `*`."""
+    tls = {"ca_file": "/ca.pem", "cert_file": "/c.pem", "key_file": "/k.pem", "insecure_skip_verify": True}
+    registry = Registry(
+        mirrors={
+            "a.example": {"endpoint": ["https://b.example", "http://c.example:5000/proxy/v2"]},
+            "*": {"endpoint": ["https://all.example"]},
+        },
+        configs={"b.example": {"tls": tls}, "plain.example": {"tls": {"insecure_skip_verify": True}}},
+    )
+    folder = config_path(registry, str(tmp_path / "made"))
+    found = hosts_for("a.example", config_dir=folder)
+    assert [host.root for host in found] == [
+        "https://b.example/v2",
+        "http://c.example:5000/proxy/v2",
+        "https://a.example/v2",
+    ]
+    assert (found[0].ca, found[0].client, found[0].skip_verify) == (("/ca.pem",), (("/c.pem", "/k.pem"),), True)
+    assert not found[2].ca
+    assert [host.skip_verify for host in hosts_for("plain.example", config_dir=folder)] == [True]
+    assert [host.netloc for host in hosts_for("else.example", config_dir=folder)] == ["all.example", "else.example"]
+
+
+def test_downloads_at_once_are_those_of_the_cri(configured: WherryLab) -> None:
     """One limit for the daemon: where only the CRI's table has one, it is that."""
-    with contextlib.closing(
-        WherryLab('[plugins."io.containerd.cri.v1.images"]\nmax_concurrent_downloads = 7\n', image=False)
-    ) as node:
-        config = load(str(node.daemon.config))
-        assert config.transfers().max_concurrent_downloads == 7
-        assert config.cri_settings().max_concurrent_downloads == 7
+    config = load(str(configured.daemon.config))
+    assert config.transfers().max_concurrent_downloads == 7
+    assert config.cri_settings().max_concurrent_downloads == 7
 
 
-def test_the_configurations_own_credentials(locked: str) -> None:
-    table = f'[plugins."io.containerd.grpc.v1.cri".registry.configs."{locked}".auth]'
-    node = WherryLab(f'{table}\nusername = "{USER}"\npassword = "{PASSWORD}"\n', image=False)
-    try:
-        kubelet = node.kubelet
-        assert pull(kubelet, f"{locked}/team/secret:1").startswith("sha256:")
-    finally:
-        node.close()
+def test_the_configurations_own_credentials(configured: WherryLab, locked: str) -> None:
+    assert pull(configured.kubelet, f"{locked}/team/secret:1").startswith("sha256:")
 
 
 # -- registries that misbehave
