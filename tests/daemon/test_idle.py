@@ -33,3 +33,26 @@ def test_it_leaves_when_nobody_calls() -> None:
         daemon.ctr("tasks", "rm", "-f", "one")
     finally:
         daemon.close()
+
+
+def test_it_makes_way_for_one_that_stays_and_not_for_its_like() -> None:
+    daemon = Wherryd(args=["--exit-idle", "60"])
+    try:
+        daemon.start()
+        daemon.import_busybox()
+        daemon.ctr("run", "-d", BUSYBOX, "one", "sleep", "1000")
+        first = daemon.process
+        assert first is not None
+        like = subprocess.run(daemon.command(), capture_output=True, text=True, timeout=60, check=False)
+        assert like.returncode == 1
+        assert f"is in use by pid {first.pid}" in like.stderr
+        daemon.args = []
+        daemon.start()
+        assert first.wait(30) == 0
+        assert daemon.ctr("tasks", "ls").stdout.split()[-1] == "RUNNING"
+        # one that stays is asked by nobody
+        another = subprocess.run(daemon.command(), capture_output=True, text=True, timeout=60, check=False)
+        assert f"is in use by pid {daemon.pid}" in another.stderr
+        daemon.ctr("tasks", "rm", "-f", "one")
+    finally:
+        daemon.close()
