@@ -25,12 +25,13 @@ class Chosen(NamedTuple):
     handler: Handler
     runtime: str
     options: Packed | None
+    ours: bool
 
 
 def choose(settings: Settings, name: str) -> Chosen:
     """The handler of that name, "" for the default one.
 
-    Raises InvalidArgument for one that isn't configured, FailedPrecondition for one with somebody else's shim.
+    Raises InvalidArgument for one that isn't configured, FailedPrecondition for another's shim without a pause image.
     """
     name = name or settings.default_handler
     handler = settings.handlers.get(name)
@@ -41,13 +42,13 @@ def choose(settings: Settings, name: str) -> Chosen:
             "invalid argument"
         )
     runtime = handler.runtime_path or handler.runtime_type
-    if runtime not in _OURS:
-        # its containers' logs and streams would have to go another way than by our shim
+    ours = runtime in _OURS
+    if not ours and not settings.pause_image:
         raise FailedPrecondition(
-            f"runtime handler {quote(name)}: {quote(runtime)} is another's shim, and pods run in Wherry's own, with "
-            "any OCI runtime that options.BinaryName names: failed precondition"
+            f"runtime handler {quote(name)}: {quote(runtime)} is another shim, whose pods need a pause container: set "
+            "sandbox_image in the configuration: failed precondition"
         )
-    return Chosen(name, handler, runtime, _options(settings, name, handler))
+    return Chosen(name, handler, runtime, _options(settings, name, handler), ours)
 
 
 def _options(settings: Settings, name: str, handler: Handler) -> Packed | None:

@@ -8,13 +8,15 @@ from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from wherry.client.values import Mount
 from wherry.core import typeurl
 from wherry.core.errors import AlreadyExists, NotFound
 from wherry.cri import netns, pod_files, pod_spec
 from wherry.cri.handlers import Chosen
+from wherry.cri.pause_tasks import PauseTasks
 from wherry.cri.pod_network import PodNetwork
 from wherry.cri.records import KIND, READY, Pod
-from wherry.cri.sandboxes import Sandboxes, Started
+from wherry.cri.sandboxes import Sandboxes
 from wherry.proto import cri_pb2 as cri
 from wherry.proto import types_pb2
 
@@ -29,10 +31,11 @@ _ROOT = "containerd.io/gc.root"
 class Making:
     """Makes pods; what is to be undone is its caller's."""
 
-    def __init__(self, node: Node, network: PodNetwork, sandboxes: Sandboxes) -> None:
+    def __init__(self, node: Node, network: PodNetwork, sandboxes: Sandboxes, pauses: PauseTasks) -> None:
         self._node = node
         self._network = network
         self._sandboxes = sandboxes
+        self._pauses = pauses
 
     async def make(self, pod: Pod, chosen: Chosen) -> None:
         """All of it; the pod is ready then. Raises what went wrong."""
@@ -44,9 +47,11 @@ class Making:
             facts.more["networks"] = [network.name for network in self._network.usable(facts.handler)]
             if not maps[0]:
                 facts.netns = self._node.places.netns(pod.id)
+        if not chosen.ours:
+            facts.more |= {"apart": True, "shares_pid": config.linux.security_context.namespace_options.pid == cri.POD}
         spec = pod_spec.namespaces_only(config, self._node.settings, facts.netns, maps)
         folder = self._node.places.pod(pod.id)
-        rootfs: Sequence[types_pb2.Mount] = ()
+        rootfs: Sequence[Mount] = ()
         sandbox = types_pb2.Sandbox(labels=_labels(pod))
         sandbox.runtime.name = chosen.runtime
         if chosen.options is not None:
@@ -61,26 +66,33 @@ class Making:
         pod_files.make(folder, config)
         if facts.image:
             rootfs = await self._rootfs(pod)
-        running = self._run(pod, rootfs)
-        if on_host:
-            await running
-        elif maps[0]:
-            await running
-            facts.netns = facts.namespaces["network"]
-            await self._network.add(pod)
-        elif pod_spec.waits_for_network(config.linux.sysctls):
-            running.close()
-            await self._network.add(pod)
-            await self._run(pod, rootfs)
-        else:
-            await _both(running, self._network.add(pod))
+        await self._bring_up(pod, chosen, spec, rootfs)
         facts.state = READY
         await self._node.records.put_pod(pod)
 
-    async def _run(self, pod: Pod, rootfs: Sequence[types_pb2.Mount]) -> None:
-        started: Started = await self._sandboxes.run(pod.id, rootfs, dict(pod.config.annotations), pod.facts.netns)
-        pod.facts.pid = started.pid
-        pod.facts.namespaces = dict(started.namespaces)
+    async def _bring_up(self, pod: Pod, chosen: Chosen, spec: dict[str, Any], rootfs: Sequence[Mount]) -> None:
+        """The shim and the network, at once where neither needs the other."""
+        config, facts = pod.config, pod.facts
+
+        async def run() -> None:
+            if chosen.ours:
+                mounts = [mount.message() for mount in rootfs]
+                started = await self._sandboxes.run(pod.id, mounts, dict(config.annotations), facts.netns)
+            else:
+                started = await self._pauses.run(pod, chosen, spec, rootfs)
+            facts.pid, facts.namespaces = started.pid, dict(started.namespaces)
+
+        if pod_spec.on_host(config):
+            await run()
+        elif facts.uid_map:
+            await run()
+            facts.netns = facts.namespaces["network"]
+            await self._network.add(pod)
+        elif not chosen.ours or pod_spec.waits_for_network(config.linux.sysctls):
+            await self._network.add(pod)  # a virtual machine takes the interfaces that it finds
+            await run()
+        else:
+            await _both(run(), self._network.add(pod))
 
     # -- with a pause image
 
@@ -103,14 +115,13 @@ class Making:
             oom_score=oom_score(pod_spec.OOM_SCORE, self._node.settings),
         )
 
-    async def _rootfs(self, pod: Pod) -> list[types_pb2.Mount]:
+    async def _rootfs(self, pod: Pod) -> list[Mount]:
         snapshots = self._node.client.snapshots(pod.facts.snapshotter)
         pod.facts.snapshot = pod.id
         labels = _snapshot_labels(pod)
         with contextlib.suppress(AlreadyExists):
-            mounts = await snapshots.prepare(pod.id, str(pod.facts.more["chain"]), labels)
-            return [mount.message() for mount in mounts]
-        return [mount.message() for mount in await snapshots.mounts(pod.id)]
+            return await snapshots.prepare(pod.id, str(pod.facts.more["chain"]), labels)
+        return await snapshots.mounts(pod.id)
 
     async def remove_snapshot(self, pod: Pod) -> None:
         """Remove what the pause container's files were in; fine where there is nothing."""

@@ -25,6 +25,7 @@ from google.protobuf.any_pb2 import Any as Packed
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
 from wherry.cri import netns, pod_files, pod_status
 from wherry.cri.handlers import choose
+from wherry.cri.pause_tasks import PauseTasks
 from wherry.cri.pod_making import Making
 from wherry.cri.pod_network import PodNetwork
 from wherry.cri.pod_spec import user_mappings
@@ -49,7 +50,8 @@ class Pods:
         self._records = node.records
         self.network = PodNetwork(node.settings, os.path.join(node.places.root, "cri", "cni"))
         self.sandboxes = Sandboxes(node.client.calls)
-        self._making = Making(node, self.network, self.sandboxes)
+        self.pauses = PauseTasks(node.client)
+        self._making = Making(node, self.network, self.sandboxes, self.pauses)
         self._unborn: set[str] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
@@ -127,7 +129,7 @@ class Pods:
         """End what runs, then take the network away. May be done again where it failed."""
         was = pod.facts.state
         self._unwatch(pod)
-        await self.sandboxes.shut_down(pod.id)
+        await self._life(pod).shut_down(pod.id)
         if was != NOT_READY:
             pod.facts.state = NOT_READY
             pod.facts.pid = 0
@@ -237,8 +239,8 @@ class Pods:
         try:
             if pod.facts.state == MAKING:
                 log.info("a pod was being made when the daemon ended", pod=pod.id, name=pod.facts.name)
-                await self.sandboxes.shut_down(pod.id)
-            elif pod.facts.state == READY and await self.sandboxes.lives(pod.id):
+                await self._life(pod).shut_down(pod.id)
+            elif pod.facts.state == READY and await self._life(pod).lives(pod.id):
                 self._watch(pod)
                 return
             elif pod.facts.state == NOT_READY:
@@ -274,7 +276,7 @@ class Pods:
 
     async def _until_its_end(self, pod: Pod) -> None:
         try:
-            status = await self.sandboxes.wait(pod.id)
+            status = await self._life(pod).wait(pod.id)
         except NotFound:
             status = 0
         except WherryError:
@@ -288,6 +290,10 @@ class Pods:
         self._node.events.tell(pod.id, cri.CONTAINER_STOPPED_EVENT)
 
     # -- helpers
+
+    def _life(self, pod: Pod) -> Sandboxes | PauseTasks:
+        """Who has what runs of a pod."""
+        return self.pauses if pod.facts.more.get("apart") else self.sandboxes
 
     def _alone(self, pod: Pod) -> asyncio.Lock:
         """Changes of one pod come one after the other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -191,7 +192,7 @@ def test_a_handler_with_another_runtime(handlers: WherryLab) -> None:
     assert lab.daemon.settle() == []
 
 
-def test_a_handler_with_another_shim(handlers: WherryLab) -> None:
+def test_another_shim_without_a_pause_image(handlers: WherryLab) -> None:
     """Refused by name; nothing is left, nothing else is disturbed."""
     error = refused(handlers.run_pod, handlers.pod_config(host_network=True), handler="broken")
     assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -235,6 +236,60 @@ def test_a_pause_image() -> None:
         ).returncode
     finally:
         lab.close()
+
+
+APART = """
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  restrict_oom_score_adj = true
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.apart]
+  runtime_type = "io.containerd.runc.v2"
+  runtime_path = "{shim}"
+"""
+
+
+def test_pods_in_another_shim() -> None:
+    """Debian's containerd-shim-runc-v2: one for the pod, with a pause container; logs in Kubernetes' format, rotated;
+    found again by the next daemon."""
+    shim = need("containerd-shim-runc-v2")
+    lab = WherryLab(APART.format(pause=busybox.NAME, shim=shim), image=False)
+    try:
+        lab.import_image(["/bin/sleep", "1000000"])
+        lab.conflist()
+        config = lab.pod_config("apart")
+        pod = lab.run_pod(config, handler="apart")
+        script = "echo begun; while sleep 0.1; do echo on; done"
+        container = lab.run(pod, lab.container_config("main", ["sh", "-c", script]), config)
+        running = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in lab.daemon.processes() if _is(pid, shim)]
+        assert len(running) == 1
+        assert pod.encode() in running[0]
+        assert lab.exec(container, "hostname").strip() == "apart"
+        assert lab.status(pod).status.network.ip in lab.exec(container, "ip", "addr")
+        path = lab.logs / "apart" / "main.log"
+        lab.until(lambda: " stdout F begun\n" in path.read_text(), "the log has a line")
+        lab.restart()
+        assert lab.status(pod).status.state == cri.SANDBOX_READY
+        path.rename(path.with_suffix(".1"))
+        lab.kubelet.ReopenContainerLog(container_id=container)
+        lab.until(lambda: " stdout F on\n" in path.read_text(), "the new log has lines")
+        lab.kubelet.StopContainer(cri.StopContainerRequest(container_id=container, timeout=0))
+        assert lab.exited(container).exit_code == 137
+        lab.kubelet.StopPodSandbox(pod_sandbox_id=pod)
+        assert lab.status(pod).status.state == cri.SANDBOX_NOTREADY
+        lab.kubelet.RemovePodSandbox(pod_sandbox_id=pod)
+        assert lab.daemon.settle() == []
+        with_ctr = subprocess.run(
+            [need("ctr"), "-a", lab.address, "-n", NAMESPACE, "containers", "ls", "-q"], capture_output=True, check=True
+        )
+        assert not with_ctr.stdout
+    finally:
+        lab.close()
+
+
+def _is(pid: int, program: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.realpath(f"/proc/{pid}/exe") == os.path.realpath(program)
+    return False
 
 
 @pytest.mark.parametrize("name", ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "cri"])
