@@ -65,7 +65,9 @@ class Stats:
         return cri.ListContainerStatsResponse(stats=await self._of_members(running))
 
     async def _of_members(self, members: Sequence[Member]) -> list[cri.ContainerStats]:
-        figures = await self.figures(members)
+        return await self._all(members, await self.figures(members))
+
+    async def _all(self, members: Sequence[Member], figures: Mapping[str, Figures]) -> list[cri.ContainerStats]:
         disks = await asyncio.gather(*map(self._usage, members))
         return [
             self._stats(member, figures.get(member.id), usage) for member, usage in zip(members, disks, strict=True)
@@ -159,9 +161,10 @@ class Stats:
         config, now = pod.config, time.time_ns()
         members = self._node.records.members_of(pod.id)
         running = [member for member in members if member.state == cri.CONTAINER_RUNNING]
-        containers, whole, network = await asyncio.gather(
-            self._of_members(running), asyncio.to_thread(of_cgroup, pod.facts.cgroup), self.network(pod)
+        each, whole, network = await asyncio.gather(
+            self.figures(running), asyncio.to_thread(of_cgroup, pod.facts.cgroup), self.network(pod)
         )
+        containers = await self._all(running, each)
         found = cri.PodSandboxStats(
             attributes=cri.PodSandboxAttributes(
                 id=pod.id, metadata=config.metadata, labels=config.labels, annotations=config.annotations
@@ -169,7 +172,7 @@ class Stats:
         )
         linux = found.linux
         linux.containers.extend(containers)
-        figures = whole or _sum(await self.figures(running))
+        figures = whole or _sum(each)
         linux.cpu.CopyFrom(self._cpu_usage(pod.id, figures, now, pod.facts.created_at))
         linux.memory.CopyFrom(_memory(figures, now))
         linux.process.timestamp, linux.process.process_count.value = now, figures.processes
