@@ -61,7 +61,7 @@ def _scope(holder: int) -> str:
 
 
 def _ask(holder: int, tree: str) -> str:
-    systemd.Unit(_scope(holder), user=True).adopt(holder, "Containers of wherryd", _PATIENCE, delegate=True)
+    systemd.Unit(_scope(holder), user=True).adopt(holder, "Containers of wherryd", _PATIENCE)
     base = own_cgroups(holder)[""]
     if posixpath.basename(base) != _scope(holder):
         raise OSError(f"process {holder} was left in {base}")

@@ -150,16 +150,16 @@ class Unit:
             os.waitpid(self._placeholder, 0)
             self._placeholder, self._leash = 0, -1
 
-    def adopt(self, pid: int, description: str, timeout: float, *, delegate: bool = False) -> None:
+    def adopt(self, pid: int, description: str, timeout: float) -> None:
         """Make the unit, a scope, around a process that runs, and wait until it is there. DBusError, OSError."""
         properties: Properties = [
             ("Description", ("s", description)),
             ("PIDs", ("au", [pid])),
+            # one process that is killed for lack of memory must not end the others: delegated units' default OOMPolicy
+            ("Delegate", ("b", True)),
             # an init without a handler doesn't hear SIGTERM: a logout must not wait for it any longer than `stop` does
             ("TimeoutStopUSec", ("t", 10 * _SECOND)),
         ]
-        if delegate:
-            properties.append(("Delegate", ("b", True)))
         self._job("StartTransientUnit", "ssa(sv)a(sa(sv))", self.name, "fail", properties, [], timeout=timeout)
 
     def attach(self, pid: int) -> None:
