@@ -224,6 +224,7 @@ class NetworkManager:
                 "an ordinary user's container is in that user's namespace already: another one can't be on a network"
             )
         key = connection.namespace, connection.container
+        self._refuse_taken(connection)
         wanted, foreign = await self._wishes.resolve(settings)
         token = os.urandom(4).hex()
         connection.netns = os.path.join(self.kernel.folder, key[0], f"{key[1]}.{token}")
@@ -251,6 +252,21 @@ class NetworkManager:
         if not self._warned:
             self._warned = True
             self._spawn(self._warn())
+
+    def _refuse_taken(self, connection: Connection) -> None:
+        """Ports of SCTP have no socket that holds them (`network/keeper.py`): the connections say whose they are."""
+        taken = {
+            item.host_port: other.key
+            for other in self.connections.values()
+            for item in other.ports
+            if item.protocol == "sctp"
+        }
+        for item in connection.ports:
+            if item.protocol == "sctp" and item.host_port in taken:
+                raise FailedPrecondition(
+                    f"port {item.host_port}/sctp of the host: container {taken[item.host_port]} has it: "
+                    "Address already in use"
+                )
 
     async def _keep_and_plug(self, connection: Connection, users: dict[str, str] | None) -> None:
         own = [item for item in connection.endpoints if item.kind == "bridge"]

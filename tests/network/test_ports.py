@@ -165,3 +165,13 @@ def test_somebody_elses_drop_is_theirs_and_is_said(wherry: Wherry, daemon: Wherr
         assert bridge in listed.stdout  # untouched
     finally:
         subprocess.run(["nft", "delete", "table", "inet", table], check=True)
+
+
+def test_a_port_of_sctp_is_refused_by_name(wherry: Wherry) -> None:
+    wherry.run("run", "-d", "--name", "first", "-p", "18977:80/sctp", BUSYBOX, "sleep", "300")
+    assert wherry.run("port", "first").stdout == "80/sctp -> 0.0.0.0:18977\n"
+    error = wherry.run("run", "--rm", "-p", "18977:80/sctp", BUSYBOX, "true", code=125).stderr
+    assert "port 18977/sctp of the host" in error
+    assert "Address already in use ('wherry ps'" in error
+    wherry.run("rm", "-f", "first")
+    wherry.run("run", "--rm", "-p", "18977:80/sctp", BUSYBOX, "true")
