@@ -47,8 +47,6 @@ class PauseTasks:
         pid = await self._client.tasks.create(pod.id, mounts, Stdio())
         await self._client.tasks.start(pod.id)
         kinds = {str(entry.get("type")) for entry in spec["linux"]["namespaces"]} - {"mount", "cgroup"}
-        if "pid" in kinds and not pod.facts.more.get("shares_pid"):
-            kinds.discard("pid")  # the pause's own
         return Started(pid, {kind: path_of(kind, pid) for kind in kinds})
 
     async def lives(self, identity: str) -> bool:

@@ -48,7 +48,7 @@ class Making:
             if not maps[0]:
                 facts.netns = self._node.places.netns(pod.id)
         if not chosen.ours:
-            facts.more |= {"apart": True, "shares_pid": config.linux.security_context.namespace_options.pid == cri.POD}
+            facts.more["apart"] = True
         spec = pod_spec.namespaces_only(config, self._node.settings, facts.netns, maps)
         folder = self._node.places.pod(pod.id)
         rootfs: Sequence[Mount] = ()
@@ -81,6 +81,8 @@ class Making:
             else:
                 started = await self._pauses.run(pod, chosen, spec, rootfs)
             facts.pid, facts.namespaces = started.pid, dict(started.namespaces)
+            if config.linux.security_context.namespace_options.pid != cri.POD:
+                facts.namespaces.pop("pid", None)  # the pause container's own
 
         if pod_spec.on_host(config):
             await run()

@@ -138,12 +138,6 @@ class PodNetwork:
             raise errors[0]
         pod.facts.more.pop("networks", None)
 
-    async def check(self, pod: Pod) -> None:
-        """Whether a pod's networks are as they were made: raises what a plugin finds wrong."""
-        cni, _ = self._cni(pod.facts.handler)
-        for at, name in enumerate(pod.facts.more.get("networks") or []):
-            await cni.check(str(name), Attachment(pod.id, f"eth{at}", pod.facts.netns))
-
     async def collect(self, pods: Iterable[Pod]) -> None:
         """Detach what was attached for pods that nobody knows any more."""
         known = {pod.id for pod in pods}

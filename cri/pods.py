@@ -143,7 +143,7 @@ class Pods:
             await self.network.delete(pod)
             if pod.id in self._records.pods:
                 await self._records.put_pod(pod)
-        if pod.facts.netns:
+        if pod.facts.netns == self._node.places.netns(pod.id):  # others go with what made them
             netns.remove(pod.facts.netns)
 
     async def remove_pod_sandbox(self, request: cri.RemovePodSandboxRequest) -> cri.RemovePodSandboxResponse:
