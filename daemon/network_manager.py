@@ -45,6 +45,7 @@ from wherry.daemon.network_names import Names
 from wherry.daemon.network_peers import Peers
 from wherry.daemon.network_registry import Instance, Networks
 from wherry.daemon.network_settings import port, settings_of
+from wherry.daemon.network_spare import Spare
 from wherry.daemon.network_spec import Spec
 from wherry.daemon.network_user import KIND, UserNetwork, refuse_ports
 from wherry.daemon.network_wishes import Wishes
@@ -76,7 +77,10 @@ class NetworkManager:
         # of an ordinary user's daemon
         self.user = UserNetwork(os.path.join(self._state, "user")) if places.is_users() else None
         hub = self.user.hub if self.user is not None else ""
+        self._spare: Spare | None = None
         self.kernel = Kernel(instance, self.networks, os.path.join(state, "netns"), marker, hub)
+        if self.user is not None:
+            self._spare = Spare(self.kernel, os.path.join(self._state, "user"))
         self.connections: dict[Key, Connection] = {
             (item.namespace, item.container): item for item in self._store.connections()
         }
@@ -138,6 +142,8 @@ class NetworkManager:
             with contextlib.suppress(TimeoutError, asyncio.CancelledError, WherryError):
                 async with asyncio.timeout(5):
                     await asyncio.shield(work)
+        if self._spare is not None:
+            await self._spare.close()
         if not self.connections and self.kernel.touched:
             with contextlib.suppress(WherryError, OSError):
                 await self.kernel.sweep([])
@@ -228,18 +234,25 @@ class NetworkManager:
         wanted, foreign = await self._wishes.resolve(settings)
         token = os.urandom(4).hex()
         connection.netns = os.path.join(self.kernel.folder, key[0], f"{key[1]}.{token}")
+        prepared = self._spare is not None and not wanted and await self._spare.give(connection, foreign)
         connection.endpoints += foreign
-        await self.networks.work(lambda store: store.take(connection, wanted))
+        try:
+            await self.networks.work(lambda store: store.take(connection, wanted))
+        except BaseException:
+            if prepared:
+                await self._detach(key, connection)
+            raise
         connection.endpoints.sort(key=lambda item: item.interface)
         self.connections[key] = connection
         recorded = plain(connection)
         reach("network.recorded")
         try:
-            await self._keep_and_plug(connection, users)
-            for endpoint in foreign:
-                await (self.user if self.user is not None and endpoint.kind == KIND else self.cni).add(
-                    connection, endpoint
-                )
+            if not prepared:
+                await self._keep_and_plug(connection, users)
+                for endpoint in foreign:
+                    await (self.user if self.user is not None and endpoint.kind == KIND else self.cni).add(
+                        connection, endpoint
+                    )
             if self.user is not None and connection.publishing() is None and connection.ports:
                 await self.names.tell(connection)  # of CNI's, whose address is known now
             reach("network.attached")

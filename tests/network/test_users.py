@@ -130,6 +130,30 @@ def test_they_outlive_the_daemon_and_leave_nothing(barrow: User) -> None:
         assert until(lambda what=what: not running(barrow, what)), what  # type: ignore[misc]
 
 
+def test_the_next_network_is_made_in_advance(barrow: User) -> None:
+    """One at most, which the next container gets; none is left when the daemon goes, nor when it was killed."""
+    need("pasta")
+    run = ("run", "--rm", IMAGE, "ip", "addr", "show", "eth0")
+    for _ in range(3):
+        assert "inet " in barrow(*run).stdout
+        assert until(lambda: [path.name for path in spare.iterdir()] if (spare := _spare(barrow)).is_dir() else [])
+    (made,) = _spare(barrow).iterdir()
+    barrow("run", "-d", "--name", "one", IMAGE, "sleep", "1000")
+    joined = json.loads(barrow("inspect", "one").stdout)[0]["NetworkSettings"]["SandboxKey"]
+    assert joined in {"", str(made)}
+    (daemon,) = running(barrow, b"--exit-idle")
+    os.kill(daemon, signal.SIGKILL)
+    assert "inet " in barrow("exec", "one", "ip", "addr", "show", "eth0").stdout
+    # only the container's own is left
+    assert until(lambda: len(running(barrow, b"bin/pasta")) == 1)
+    barrow("rm", "-f", "one")
+    assert until(lambda: not running(barrow, b"bin/pasta"))
+
+
+def _spare(user: User) -> Path:
+    return user.run / "wherry/netns/.spare"
+
+
 def running(user: User, word: bytes) -> list[int]:
     """The user's processes with a word in their command line."""
     found = []
