@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # docker's: Ctrl-P Ctrl-Q
 DETACH_KEYS = "ctrl-p,ctrl-q"
-# seconds for the rest of a log after a container's end
+# seconds without anything new after which a log is over, when its container has ended
 LOG_REST = 5.0
 # what a followed container's exit code is when it was left running
 DETACHED = None
@@ -173,7 +173,8 @@ def follow_log(
     from wherry.client.logs import folder
 
     path = folder(task.stdio.stdout)
-    printer = threading.Thread(target=_print_log, args=(path, time.time()), daemon=True)
+    shown = [0]
+    printer = threading.Thread(target=_print_log, args=(path, time.time(), shown), daemon=True)
     try:
         fifos: Fifos | None = Fifos.existing(task.stdio)
     except FailedPrecondition:
@@ -189,12 +190,16 @@ def follow_log(
         if fifos is not None:
             fifos.release()
     if status is not DETACHED:
-        # the rest of what it wrote
-        printer.join(LOG_REST)
+        # the rest of what it wrote, as long as there is more of it
+        before = -1
+        while printer.is_alive() and before != shown[0]:
+            before = shown[0]
+            printer.join(LOG_REST)
     return status
 
 
-def _print_log(path: str, since: float) -> None:
+def _print_log(path: str, since: float, shown: list[int]) -> None:
+    """`shown` counts what was printed, for who waits."""
     import os
 
     from wherry.client.logs import read
@@ -204,6 +209,7 @@ def _print_log(path: str, since: float) -> None:
             view = memoryview(entry.data)
             while view:
                 view = view[os.write(2 if entry.stream == "stderr" else 1, view) :]
+            shown[0] += 1
     except (NotFound, BrokenPipeError):
         # it wrote nothing and was removed, or whoever reads our output has enough: the wait for its end goes on
         return

@@ -196,8 +196,9 @@ def _run(session: Session, command: Command, prog: str, rest: list[str]) -> int:
     except WherryError as error:
         if session.debug:
             raise
-        sys.stdout.flush()
-        sys.stderr.write(f"wherry: {_said(error)}\n")
+        from wherry.cli.saying import complain
+
+        complain(error)
         code = getattr(error, "exit_code", 1)
         return int(code)
     except BrokenPipeError:
@@ -207,29 +208,6 @@ def _run(session: Session, command: Command, prog: str, rest: list[str]) -> int:
             raise
         sys.stderr.write(f"wherry: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}\n")
         return 1
-
-
-# what the wire says of an error's kind, and a person needn't hear
-_KINDS = (": failed precondition", ": invalid argument")
-_HINTS = (
-    ('network "', ": not found", " ('wherry network ls' lists them)"),
-    (
-        "port ",
-        "Address already in use",
-        " ('wherry ps' shows whose it is; name another one, or none for any, with -p)",
-    ),
-)
-
-
-def _said(error: WherryError) -> str:
-    """An error for people: with what to do next, where the daemon couldn't know who asks."""
-    text = error.message or type(error).__name__
-    for kind in _KINDS:
-        text = text.removesuffix(kind)
-    for begin, end, hint in _HINTS:
-        if text.startswith(begin) and text.endswith(end):
-            return text + hint
-    return text
 
 
 def _globals(argv: list[str]) -> tuple[Session | None, list[str]]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import pairs
 from wherry.cli.output import Column, age, labels, listing, listing_options, now, size
+from wherry.cli.saying import each
 from wherry.cli.table import Command
 from wherry.client.content import CHUNK, Info, Status
-from wherry.core.errors import InvalidArgument, WherryError
+from wherry.core.errors import InvalidArgument
 from wherry.core.labels import GC_REF_CONTENT, GC_ROOT
 
 if TYPE_CHECKING:
@@ -82,15 +83,7 @@ async def label(session: Session, args: argparse.Namespace) -> None:
 
 async def delete(session: Session, args: argparse.Namespace) -> int:
     """Removes blobs and prints those that went; the others are told and make the exit code 1."""
-    failed = 0
-    for digest in args.digests:
-        try:
-            await session.client.content.delete(digest)
-            print(digest)
-        except WherryError as error:
-            sys.stderr.write(f"wherry: {error.message}\n")
-            failed = 1
-    return failed
+    return await each(args.digests, session.client.content.delete)
 
 
 async def edit(session: Session, args: argparse.Namespace) -> None:

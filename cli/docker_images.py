@@ -10,13 +10,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from wherry.cli.formats import Headings, cut, decimal_size, filters, format_option, labels_fit, listing_flags, show
+from wherry.cli.saying import each
 from wherry.cli.table import Command
 from wherry.cli.terminal import is_terminal
 from wherry.client.finding import short_image
 from wherry.client.images import Image
 from wherry.client.pictures import Found, all_images, find_image
 from wherry.client.states import ago
-from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
 from wherry.core.reference import parse_familiar
 
 if TYPE_CHECKING:
@@ -175,17 +176,8 @@ async def tag(session: Session, args: argparse.Namespace) -> None:
 
 async def rmi(session: Session, args: argparse.Namespace) -> int:
     """Removes names, and with the last one the image."""
-    client, failed = session.client, 0
-    for reference in args.images:
-        try:
-            for line in await _remove(client, reference, force=args.force):
-                print(line)
-        except WherryError as error:
-            if args.force and isinstance(error, NotFound):
-                continue
-            sys.stderr.write(f"wherry: {error.message}\n")
-            failed = 1
-    return failed
+    client = session.client
+    return await each(args.images, lambda name: _remove(client, name, force=args.force), missing_ok=args.force)
 
 
 async def _remove(client: Client, reference: str, *, force: bool) -> list[str]:

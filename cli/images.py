@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from wherry.cli import image_changes, image_files, pull, push, registries, system
 from wherry.cli.arguments import pairs
 from wherry.cli.output import Column, labels, listing, listing_options, size, when
+from wherry.cli.saying import each
 from wherry.cli.table import Command
 from wherry.client.images import Image
 from wherry.client.manifests import Picture, picture, walk
@@ -144,15 +145,8 @@ async def tag(session: Session, args: argparse.Namespace) -> None:
 
 async def delete(session: Session, args: argparse.Namespace) -> int:
     """Removes names and prints them; one that isn't there is told and makes the exit code 1."""
-    failed = 0
-    for name in args.names:
-        try:
-            await session.client.images.delete(name, sync=args.sync and name == args.names[-1])
-            print(name)
-        except NotFound as error:
-            sys.stderr.write(f"wherry: {error.message}\n")
-            failed = 1
-    return failed
+    images, last = session.client.images, args.names[-1]
+    return await each(args.names, lambda name: images.delete(name, sync=args.sync and name == last))
 
 
 async def label(session: Session, args: argparse.Namespace) -> None:

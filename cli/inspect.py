@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from wherry.cli.formats import document, format_option
+from wherry.cli.saying import complain
 from wherry.cli.table import Command
 from wherry.client import inspection
 from wherry.client.finding import find
@@ -28,7 +28,7 @@ async def inspect(session: Session, args: argparse.Namespace) -> int:
             else:
                 found.append(await inspection.any_of(session.client, name, args.type))
         except WherryError as error:
-            sys.stderr.write(f"wherry: {error.message}\n")
+            complain(error)
             failed = 1
     if args.format and args.format != "json":
         for item in found:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import signal_number
+from wherry.cli.saying import complain
 from wherry.cli.table import Command
 from wherry.client import lifecycle
 from wherry.client.finding import find, find_some
@@ -40,7 +41,7 @@ async def each(
             await work(found)
             print(reference)
         except WherryError as error:
-            sys.stderr.write(f"wherry: {error.message}\n")
+            complain(error)
             failed = 1
     return failed
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from wherry.cli import inspect
 from wherry.cli.arguments import pairs
 from wherry.cli.formats import Headings, filters, labels_fit, listing_flags, show
+from wherry.cli.saying import each
 from wherry.cli.table import Command
 from wherry.client.finding import find
 from wherry.client.network import Attachment, Network, Subnet
-from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,17 +104,7 @@ def _with_options(wanted: Network, options: list[str]) -> Network:
 
 async def remove(session: Session, args: argparse.Namespace) -> int:
     """Removes networks that nobody is on."""
-    failed = 0
-    for name in args.names:
-        try:
-            await session.client.networks.delete(name)
-            print(name)
-        except WherryError as error:
-            if args.force and isinstance(error, NotFound):
-                continue
-            sys.stderr.write(f"wherry: {error.message}\n")
-            failed = 1
-    return failed
+    return await each(args.names, session.client.networks.delete, missing_ok=args.force)
 
 
 async def prune(session: Session, args: argparse.Namespace) -> int:

@@ -185,11 +185,7 @@ async def _size(client: Client, container: Container) -> str:
     if not container.snapshot_key:
         return "0B"
     snapshots = client.snapshots(container.snapshotter)
-    own = (await snapshots.usage(container.snapshot_key)).size
-    total, key = own, (await snapshots.stat(container.snapshot_key)).parent
-    while key:
-        total += (await snapshots.usage(key)).size
-        key = (await snapshots.stat(key)).parent
+    own, total = await snapshots.sizes(container.snapshot_key)
     return f"{decimal_size(own)} (virtual {decimal_size(total)})"
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from wherry.cli import inspect
 from wherry.cli.arguments import pairs
 from wherry.cli.formats import Headings, decimal_size, filters, labels_fit, listing_flags, show
+from wherry.cli.saying import each
 from wherry.cli.table import Command
-from wherry.core.errors import WherryError
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session
@@ -51,17 +50,7 @@ async def create(session: Session, args: argparse.Namespace) -> None:
 
 async def remove(session: Session, args: argparse.Namespace) -> int:
     """Removes volumes with what is in them."""
-    failed = 0
-    for name in args.names:
-        try:
-            await session.client.volumes.remove(name)
-            print(name)
-        except WherryError as error:
-            if args.force and "no such volume" in error.message:
-                continue
-            sys.stderr.write(f"wherry: {error.message}\n")
-            failed = 1
-    return failed
+    return await each(args.names, session.client.volumes.remove, missing_ok=args.force)
 
 
 async def prune(session: Session, args: argparse.Namespace) -> int:

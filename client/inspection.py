@@ -71,12 +71,7 @@ async def container(client: Client, item: Container, *, size: bool = False) -> d
         "NetworkSettings": _network_settings(network),
     }
     if size and item.snapshot_key:
-        snapshots = client.snapshots(item.snapshotter)
-        own = (await snapshots.usage(item.snapshot_key)).size
-        total, key = own, (await snapshots.stat(item.snapshot_key)).parent
-        while key:
-            total += (await snapshots.usage(key)).size
-            key = (await snapshots.stat(key)).parent
+        own, total = await client.snapshots(item.snapshotter).sizes(item.snapshot_key)
         described |= {"SizeRw": own, "SizeRootFs": total}
     return described
 

@@ -66,6 +66,15 @@ class Snapshots:
         answer = await self._calls.unary(f"{_SERVICE}/Stat", request, pb.StatSnapshotResponse)
         return _parse(answer.info)
 
+    async def sizes(self, key: str) -> tuple[int, int]:
+        """The bytes of a snapshot itself, and with all those below it; raises NotFound."""
+        own = (await self.usage(key)).size
+        total, parent = own, (await self.stat(key)).parent
+        while parent:
+            total += (await self.usage(parent)).size
+            parent = (await self.stat(parent)).parent
+        return own, total
+
     async def prepare(
         self, key: str, parent: str = "", labels: Mapping[str, str] | None = None
     ) -> builtins.list[Mount]:
