@@ -31,6 +31,7 @@ from wherry.cri.pod_network import PodNetwork
 from wherry.cri.pod_spec import user_mappings
 from wherry.cri.records import MAKING, NOT_READY, READY, Pod, PodFacts, pod_name
 from wherry.cri.sandboxes import Sandboxes
+from wherry.cri.settings import UNTRUSTED
 from wherry.proto import cri_pb2 as cri
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+# an annotation by which a pod asked for the handler `untrusted`, from before there were RuntimeClasses
+_UNTRUSTED = "io.kubernetes.cri.untrusted-workload"
 # pods in one message of a stream
 _BATCH = 100
 
@@ -64,14 +67,17 @@ class Pods:
         """Make a pod and let it run. Raises AlreadyExists for a name that is taken, and what went wrong."""
         config = request.config
         _check(config)
-        chosen = choose(self._node.settings, request.runtime_handler)
+        handler = request.runtime_handler
+        if not handler and config.annotations.get(_UNTRUSTED) == "true":
+            handler = UNTRUSTED
+        chosen = choose(self._node.settings, handler)
         uids, gids = user_mappings(config)
         facts = PodFacts(
             name=pod_name(config.metadata),
             created_at=time.time_ns(),
-            handler=request.runtime_handler,
+            handler=handler,
             runtime=chosen.runtime,
-            snapshotter=chosen.handler.snapshotter or self._node.settings.default_snapshotter,
+            snapshotter=self._node.settings.snapshotter_of(chosen.name),
             cgroup=config.linux.cgroup_parent,
             uid_map=uids,
             gid_map=gids,

@@ -22,6 +22,7 @@ from wherry.core.errors import InvalidArgument
 # what a key that is read and changes nothing carries; set to another value than its default, it is warned of
 NO_EFFECT: Mapping[str, Any] = types.MappingProxyType({"no effect": True})
 DEFAULT_HANDLER = "runc"
+UNTRUSTED = "untrusted"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Settings:
     sandbox_image: str = ""
     systemd_cgroup: bool = False
     enable_selinux: bool = False
-    selinux_category_range: int = 1024
+    selinux_category_range: int = field(default=1024, metadata=NO_EFFECT)
     max_container_log_line_size: int = 16 << 10
     disable_cgroup: bool = False
     disable_apparmor: bool = False
@@ -142,7 +143,7 @@ class Settings:
     drain_exec_sync_io_timeout: str = "0s"
     ignore_deprecation_warnings: Sequence[str] = field(default=(), metadata=NO_EFFECT)
     # the streaming server
-    disable_tcp_service: bool = True
+    disable_tcp_service: bool = field(default=True, metadata=NO_EFFECT)  # the CRI isn't served by TCP
     stream_server_address: str = "127.0.0.1"
     stream_server_port: str = "0"
     stream_idle_timeout: str = "4h0m0s"
@@ -175,7 +176,7 @@ class Settings:
         if self.containerd.default_runtime.runtime_type:
             found.setdefault("default", self.containerd.default_runtime)
         if self.containerd.untrusted_workload_runtime.runtime_type:
-            found.setdefault("untrusted", self.containerd.untrusted_workload_runtime)
+            found.setdefault(UNTRUSTED, self.containerd.untrusted_workload_runtime)
         found.setdefault(DEFAULT_HANDLER, Handler())
         return found
 
@@ -190,6 +191,13 @@ class Settings:
     def default_snapshotter(self) -> str:
         """The snapshotter of images and containers where a handler names none."""
         return self.snapshotter or self.containerd.snapshotter
+
+    def snapshotter_of(self, handler: str) -> str:
+        """The snapshotter of a handler's containers."""
+        named = self.handlers.get(handler or self.default_handler)
+        platform = self.runtime_platforms.get(handler)
+        own = (named.snapshotter if named else "") or (platform.snapshotter if platform else "")
+        return own or self.default_snapshotter
 
     @property
     def cni_bin_dirs(self) -> Sequence[str]:

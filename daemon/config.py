@@ -340,7 +340,9 @@ class Config:
         for item in dataclasses.fields(self):
             if "internal" in item.metadata:
                 continue
-            value = _as_plain(getattr(self, item.name))
+            if item.name in ("cri_runtime", "cri_images"):
+                continue  # in one table with the other
+            value = _as_plain(self.cri_settings() if item.name == "cri" else getattr(self, item.name))
             if "plugin" in item.metadata:
                 plugins[_PLUGIN_URIS[item.name]] = value
             else:
