@@ -76,12 +76,15 @@ class Guest:
         cwd: str = "",
         user: tuple[int, int] | None = None,
         tty: bool = False,
+        stdin: bool = True,
     ) -> AsyncIterator[Program]:
         """A further process for the time of the block: write to it, read `stdout` and `stderr`, wait for it.
 
-        `env` is added to the container's, `user` is a pair of uid and gid. It is killed where the block ends first.
+        `env` is added to the container's, `user` is a pair of uid and gid; without `stdin` its input is at its end from
+        the beginning. It is killed where the block ends first.
         """
-        async with execute(self.client, self.container, args, **self._changes(env, cwd, user, tty)) as program:
+        changes = self._changes(env, cwd, user, tty)
+        async with execute(self.client, self.container, args, stdin=stdin, **changes) as program:
             yield program
 
     def _changes(self, env: Mapping[str, str], cwd: str, user: tuple[int, int] | None, tty: bool) -> dict[str, Any]:
@@ -118,7 +121,8 @@ class Guest:
         if isinstance(args, str) or not args:
             raise InvalidArgument(f"a command is a list of words, not {args!r}: ['sh', '-c', …] for a shell")
         words = tuple(args)
-        async with self.process(words, env=env, cwd=cwd, user=user) as program:
+        # an input that nobody feeds needs no pipe, and no call that ends it
+        async with self.process(words, env=env, cwd=cwd, user=user, stdin=bool(input)) as program:
             stdout, stderr = _Kept(output), _Kept(output)
             feeding = asyncio.create_task(_feed(program, input))
             try:
@@ -231,7 +235,8 @@ class _Kept:
 
 async def _feed(program: Program, data: bytes) -> None:
     """Input and its end; a process that ends without reading it is no error."""
+    if not data:
+        return
     with contextlib.suppress(WherryError, OSError):
-        if data:
-            await program.write(data)
+        await program.write(data)
         await program.close_stdin()

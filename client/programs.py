@@ -150,14 +150,23 @@ async def run(client: Client, launch: Launch, *, fifo_dir: str = "") -> AsyncIte
 
 @asynccontextmanager
 async def execute(
-    client: Client, container: Container, args: Sequence[str], *, fifo_dir: str = "", **changes: Any
+    client: Client,
+    container: Container,
+    args: Sequence[str],
+    *,
+    fifo_dir: str = "",
+    stdin: bool = True,
+    **changes: Any,
 ) -> AsyncIterator[Program]:
-    """A further process in a container that runs; `changes` are fields of the specification's `process` (`cwd` …)."""
+    """A further process in a container that runs; `changes` are fields of the specification's `process` (`cwd` …).
+
+    Without `stdin` its input is empty.
+    """
     if container.spec is None:
         raise FailedPrecondition(f"container {container.id} has no OCI specification to take the process from")
     process = {**container.spec["process"], "terminal": False, "args": list(args), **changes}
     name = f"e{os.urandom(6).hex()}"
-    fifos = Fifos(name, stdin=True, terminal=bool(process["terminal"]), parent=fifo_dir)
+    fifos = Fifos(name, stdin=stdin, terminal=bool(process["terminal"]), parent=fifo_dir)
     program = Program(client, container, fifos, name)
     try:
         await client.tasks.exec(container.id, name, process, fifos.stdio)

@@ -50,6 +50,11 @@ async def test_a_command_and_what_it_wrote(guest: Container) -> None:
         await guest.exec("true")
 
 
+async def test_without_input_there_is_no_pipe_for_it(guest: Container) -> None:
+    assert (await guest.exec(["sh", "-c", "cat; readlink /proc/self/fd/0"], timeout=10)).text == "/dev/null"
+    assert (await guest.exec(["cat"], input=b"some", timeout=10)).text == "some"
+
+
 async def test_a_command_that_takes_too_long_is_gone(guest: Container) -> None:
     with pytest.raises(TimedOut, match=r"was killed after 0\.5 s") as failure:
         await guest.exec(["sh", "-c", "echo begun; sleep 99"], timeout=0.5)
