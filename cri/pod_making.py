@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wherry.client.values import Mount
 from wherry.core import typeurl
 from wherry.core.errors import AlreadyExists, NotFound
+from wherry.core.failpoints import reach
 from wherry.cri import netns, pod_files, pod_spec
 from wherry.cri.handlers import Chosen
 from wherry.cri.pause_tasks import PauseTasks
@@ -63,12 +64,15 @@ class Making:
             await _both(self._node.records.add_pod(pod, sandbox), netns.make(facts.netns))
         else:
             await self._node.records.add_pod(pod, sandbox)
+        reach("cri.pod.recorded")
         pod_files.make(folder, config)
         if facts.image:
             rootfs = await self._rootfs(pod)
         await self._bring_up(pod, chosen, spec, rootfs)
+        reach("cri.pod.made")
         facts.state = READY
         await self._node.records.put_pod(pod)
+        reach("cri.pod.ready")
 
     async def _bring_up(self, pod: Pod, chosen: Chosen, spec: dict[str, Any], rootfs: Sequence[Mount]) -> None:
         """The shim and the network, at once where neither needs the other."""
@@ -83,6 +87,7 @@ class Making:
             facts.pid, facts.namespaces = started.pid, dict(started.namespaces)
             if config.linux.security_context.namespace_options.pid != cri.POD:
                 facts.namespaces.pop("pid", None)  # the pause container's own
+            reach("cri.pod.running")
 
         if pod_spec.on_host(config):
             await run()

@@ -23,6 +23,7 @@ import structlog
 from google.protobuf.any_pb2 import Any as Packed
 
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
+from wherry.core.failpoints import reach
 from wherry.cri import netns, pod_files, pod_status
 from wherry.cri.handlers import choose
 from wherry.cri.pause_tasks import PauseTasks
@@ -136,6 +137,7 @@ class Pods:
         was = pod.facts.state
         self._unwatch(pod)
         await self._life(pod).shut_down(pod.id)
+        reach("cri.pod.ended")
         if was != NOT_READY:
             pod.facts.state = NOT_READY
             pod.facts.pid = 0
@@ -147,6 +149,7 @@ class Pods:
         pod_files.free(folder)
         if pod.facts.more.get("networks"):
             await self.network.delete(pod)
+            reach("cri.pod.detached")
             if pod.id in self._records.pods:
                 await self._records.put_pod(pod)
         if pod.facts.netns == self._node.places.netns(pod.id):  # others go with what made them
@@ -174,8 +177,10 @@ class Pods:
             await self._node.images.volumes.release(pod.id)
         await self._making.remove_snapshot(pod)
         pod_files.remove(self._node.places.pod(pod.id))
+        reach("cri.pod.emptied")
         if pod.id in self._records.pods:
             await self._records.drop_pod(pod)
+            reach("cri.pod.forgotten")
         else:
             self._records.release_pod(pod.facts.name, pod.id)
 
