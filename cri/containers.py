@@ -30,7 +30,7 @@ from wherry.core.errors import (
     WherryError,
 )
 from wherry.core.failpoints import reach
-from wherry.cri import container_checkpoint, container_status, foreign_logs
+from wherry.cri import container_checkpoint, container_status
 from wherry.cri.container_create import Maker
 from wherry.cri.container_ends import Ends
 from wherry.cri.container_spec import resources
@@ -150,17 +150,9 @@ class Members:
         # the task says the same: a daemon that is killed before this is written finds out by it
         self._write(member)
 
-    def _apart(self, member: Member) -> bool:
-        """Whether its pod runs in somebody else's shim."""
-        pod = self._records.pods.get(member.facts.pod)
-        return pod is not None and bool(pod.facts.more.get("apart"))
-
     def _stdio(self, member: Member) -> Stdio:
         config = member.config
-        if self._apart(member):
-            uri = foreign_logs.uri(member.facts.log_path) if member.facts.log_path else ""
-        else:
-            uri = container_logs.cri_uri(member.facts.log_path, self._node.settings.max_container_log_line_size)
+        uri = container_logs.cri_uri(member.facts.log_path, self._node.settings.max_container_log_line_size)
         stdin = lone_stdin(member.id) if config.stdin else ""
         return Stdio(stdin, uri, "" if config.tty else uri, config.tty)
 
@@ -359,10 +351,7 @@ class Members:
         member = self._records.member(request.container_id)
         if member.state != cri.CONTAINER_RUNNING:
             raise FailedPrecondition("container is not running: failed precondition")
-        if self._apart(member):
-            await foreign_logs.reopened(member.facts.log_path)
-        else:
-            await self._client.tasks.reopen_log(member.id)
+        await self._client.tasks.reopen_log(member.id)
         return cri.ReopenContainerLogResponse()
 
     async def checkpoint_container(self, request: cri.CheckpointContainerRequest) -> cri.CheckpointContainerResponse:

@@ -9,6 +9,7 @@ import structlog
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.core import topics
+from wherry.daemon import foreign_logs
 from wherry.daemon.bundle import Bundle, NotedExit
 from wherry.daemon.ends import timestamp
 from wherry.daemon.events import Exchange
@@ -62,6 +63,9 @@ class ExplainService:
     async def attach(self, request: pb.AttachRequest, context: Context) -> Empty:
         """Copy a process's output to FIFOs, too."""
         shim = await self._shims.get(require_namespace(context), request.container_id)
+        if shim.launch.binary and not request.exec_id:
+            await foreign_logs.ask(shim.bundle, do="attach", stdout=request.stdout, stderr=request.stderr)
+            return Empty()
         asked = task_v2_pb2.ExecProcessRequest(
             id=request.container_id, exec_id=request.exec_id, stdout=request.stdout, stderr=request.stderr
         )
@@ -70,6 +74,9 @@ class ExplainService:
     async def reopen_log(self, request: pb.ReopenLogRequest, context: Context) -> Empty:
         """Let a log go on in the file that has its path now."""
         shim = await self._shims.get(require_namespace(context), request.container_id)
+        if shim.launch.binary and not request.exec_id:
+            await foreign_logs.ask(shim.bundle, do="reopen")
+            return Empty()
         asked = task_v2_pb2.StateRequest(id=request.container_id, exec_id=request.exec_id)
         return await shim.call("ReopenLog", asked, Empty, service=_STREAMS)
 

@@ -10,12 +10,11 @@ from dataclasses import replace
 import structlog
 from google.protobuf import any_pb2, empty_pb2
 
-from wherry.core import container_logs
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable, WherryError, from_code
 from wherry.core.failpoints import reach
 from wherry.core.filters import compile_filters, fields
 from wherry.core.names import check_identifier
-from wherry.daemon import runtimes
+from wherry.daemon import foreign_logs, runtimes
 from wherry.daemon.bundle import Bundle, Launch
 from wherry.daemon.checkpoints import Checkpoints
 from wherry.daemon.config import Config
@@ -92,8 +91,8 @@ class TaskService:
             rootfs=request.rootfs,
             terminal=request.terminal,
             stdin=request.stdin,
-            stdout=container_logs.plain_of(request.stdout) if launch.binary else request.stdout,
-            stderr=container_logs.plain_of(request.stderr) if launch.binary else request.stderr,
+            stdout=foreign_logs.uri_of(request.stdout, bundle, request.stdin) if launch.binary else request.stdout,
+            stderr=foreign_logs.uri_of(request.stderr, bundle) if launch.binary else request.stderr,
             options=runtimes.options(given, launch, self._config.runtimes),
             checkpoint=images,
         )
