@@ -15,7 +15,7 @@ from wherry.proto import runc_options_pb2, runtimeoptions_pb2
 # options that shims with a configuration file have (gVisor's, Kata's), and runc's hasn't
 _FILE_OPTIONS = frozenset({"TypeUrl", "ConfigPath", "ConfigBody"})
 # runtimes that are the daemon's own shim, in which a pod needs no process
-_OURS = frozenset({"", "io.containerd.runc.v2", "io.containerd.runc.v1", "io.containerd.wherry.v1"})
+OURS = frozenset({"", "io.containerd.runc.v2", "io.containerd.runc.v1", "io.containerd.wherry.v1"})
 
 
 class Chosen(NamedTuple):
@@ -42,7 +42,7 @@ def choose(settings: Settings, name: str) -> Chosen:
             "invalid argument"
         )
     runtime = handler.runtime_path or handler.runtime_type
-    ours = runtime in _OURS
+    ours = runtime in OURS
     if not ours and not settings.pause_image:
         raise FailedPrecondition(
             f"runtime handler {quote(name)}: {quote(runtime)} is another shim, whose pods need a pause container: set "
@@ -64,7 +64,7 @@ def _options(settings: Settings, name: str, handler: Handler) -> Packed | None:
             setattr(made, names[key], value.encode() if key == "ConfigBody" and isinstance(value, str) else value)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"containerd.runtimes.{name}.options.{key}: {error}: invalid argument") from error
-    if isinstance(made, runc_options_pb2.Options) and handler.runtime_type in _OURS:
+    if isinstance(made, runc_options_pb2.Options) and handler.runtime_type in OURS:
         if handler.runtime_root and not made.root:
             made.root = handler.runtime_root
         made.systemd_cgroup = made.systemd_cgroup or settings.systemd_cgroup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import structlog
 
 from wherry.core.errors import WherryError
 from wherry.cri import conf_template
-from wherry.cri.handlers import systemd_cgroups
+from wherry.cri.handlers import OURS, systemd_cgroups
 from wherry.proto import cri_pb2 as cri
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ log = structlog.get_logger(__name__)
 
 RUNTIME = "wherry"
 _CRI_VERSION = "v1"
+_ASK = 5.0  # seconds for a runtime to say what it can
 # what Version answers as its own version to whoever asks: containerd's constant, which kubelets don't look at
 _KUBE_VERSION = "0.1.0"
 # the file that is made of a template, as containerd names it
@@ -33,6 +35,7 @@ class NodeStatus:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._known: dict[str, cri.RuntimeHandlerFeatures] = {}
 
     def version(self, request: cri.VersionRequest) -> cri.VersionResponse:
         """Who this is."""
@@ -58,14 +61,27 @@ class NodeStatus:
         runtime = cri.RuntimeCondition(type="RuntimeReady", status=True)
         response.status.conditions.extend([runtime, network])
         for name in ("", *sorted(self._node.settings.handlers)):
-            features = cri.RuntimeHandlerFeatures(recursive_read_only_mounts=True, user_namespaces=True)
-            response.runtime_handlers.append(cri.RuntimeHandler(name=name, features=features))
+            handler = cri.RuntimeHandler(name=name, features=await self._features(name))
+            response.runtime_handlers.append(handler)
         if request.verbose:
             response.info["config"] = json.dumps(self._config())
             response.info["cniconfig"] = json.dumps(self._networks())
             response.info["lastCNILoadStatus"] = last
             response.info["lastCNILoadStatus.default"] = last
         return response
+
+    async def _features(self, name: str) -> cri.RuntimeHandlerFeatures:
+        """What a handler's runtime can do: what it says by `features` (OCI), once; ours can all of it."""
+        settings = self._node.settings
+        handler = settings.handlers.get(name or settings.default_handler)
+        if handler is None or (handler.runtime_path or handler.runtime_type) not in OURS:
+            return cri.RuntimeHandlerFeatures()
+        binary = str(handler.options.get("BinaryName") or "")
+        if binary in ("", "wherry-runtime"):
+            return cri.RuntimeHandlerFeatures(recursive_read_only_mounts=True, user_namespaces=True)
+        if binary not in self._known:
+            self._known[binary] = await _ask(binary)
+        return self._known[binary]
 
     def _config(self) -> dict[str, Any]:
         """The settings by containerd's names, and where things are."""
@@ -121,6 +137,38 @@ class NodeStatus:
             conf_template.write(template, os.path.join(folder, _MADE_CONF), cidrs)
             log.info("network configuration made", folder=folder, cidr=",".join(cidrs))
         return cri.UpdateRuntimeConfigResponse()
+
+
+async def _ask(binary: str) -> cri.RuntimeHandlerFeatures:
+    """What `BINARY features` tells; nothing for one that doesn't know the command or isn't there."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            binary,
+            "features",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError as error:
+        log.warning("a handler's runtime can't be asked what it can", binary=binary, error=str(error))
+        return cri.RuntimeHandlerFeatures()
+    try:
+        async with asyncio.timeout(_ASK):
+            output, _ = await process.communicate()
+        found = json.loads(output)
+        linux = found.get("linux") or {}
+        idmap = ((linux.get("mountExtensions") or {}).get("idmap") or {}).get("enabled")
+        return cri.RuntimeHandlerFeatures(
+            recursive_read_only_mounts="rro" in (found.get("mountOptions") or ()),
+            user_namespaces=bool(idmap) and "user" in (linux.get("namespaces") or ()),
+        )
+    except (TimeoutError, ValueError, AttributeError):
+        log.warning("a handler's runtime doesn't say what it can", binary=binary)
+        return cri.RuntimeHandlerFeatures()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def _camel(value: Any) -> Any:

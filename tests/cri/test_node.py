@@ -192,6 +192,17 @@ def test_a_handler_with_another_runtime(handlers: WherryLab) -> None:
     assert lab.daemon.settle() == []
 
 
+def test_what_handlers_can(handlers: WherryLab) -> None:
+    """Each as its runtime says by `features`; a kubelet asks for no more than that."""
+    found = {each.name: each.features for each in handlers.kubelet.Status().runtime_handlers}
+    said = json.loads(subprocess.run([need("runc"), "features"], capture_output=True, check=True).stdout)
+    idmap = said["linux"].get("mountExtensions", {}).get("idmap", {}).get("enabled", False)
+    assert found["runc-of-debian"].recursive_read_only_mounts == ("rro" in said["mountOptions"])
+    assert found["runc-of-debian"].user_namespaces == idmap
+    assert found[""].user_namespaces
+    assert not found["broken"].user_namespaces
+
+
 def test_another_shim_without_a_pause_image(handlers: WherryLab) -> None:
     """Refused by name; nothing is left, nothing else is disturbed."""
     error = refused(handlers.run_pod, handlers.pod_config(host_network=True), handler="broken")
