@@ -191,9 +191,9 @@ class StreamServer:
         if protocol == ports_websocket.TUNNEL:
             await ports_websocket.serve_tunnel(socket, call, self._netns, self._listening.idle)
         elif call.kind == PORTS:
-            await ports_websocket.serve(socket, call, protocol, self._netns)
+            await ports_websocket.serve(socket, call, protocol, self._netns, self._listening.idle)
         else:
-            await remote_websocket.serve(socket, call, protocol, self._runner)
+            await remote_websocket.serve(socket, call, protocol, self._runner, self._listening.idle)
 
 
 def _plain(status: int, text: str) -> web.Response:

@@ -17,7 +17,7 @@ from aiohttp import WSMsgType, web
 from wherry.cri.streaming.ports import Netns, forward
 from wherry.cri.streaming.ports_spdy import PROTOCOL, PortForward
 from wherry.cri.streaming.remote import Call
-from wherry.cri.streaming.remote_websocket import Input, Output, decode
+from wherry.cri.streaming.remote_websocket import Idle, Input, Output, decode
 from wherry.cri.streaming.spdy_connection import SpdyConnection
 
 TUNNEL: Final = f"SPDY/3.1+{PROTOCOL}"
@@ -48,12 +48,13 @@ class _Channel:
         await self.source.ended.wait()
 
 
-async def serve(socket: web.WebSocketResponse, call: Call, protocol: str, netns: Netns) -> None:
-    """Serve the request's ports until all connections are done."""
+async def serve(socket: web.WebSocketResponse, call: Call, protocol: str, netns: Netns, seconds: float = 0.0) -> None:
+    """Serve the request's ports until all connections are done, or nothing came or went for so many seconds."""
     text = PROTOCOLS[protocol]
-    channels = [_Channel(Input(), Output(socket, 2 * index, text=text)) for index in range(len(call.ports))]
-    errors = [Output(socket, 2 * index + 1, text=text) for index in range(len(call.ports))]
-    reading = asyncio.create_task(_read(socket, channels, text=text))
+    idle = Idle(socket, seconds)
+    channels = [_Channel(Input(), Output(socket, idle, 2 * index, text=text)) for index in range(len(call.ports))]
+    errors = [Output(socket, idle, 2 * index + 1, text=text) for index in range(len(call.ports))]
+    reading = asyncio.create_task(_read(socket, idle, channels, text=text))
     try:
         for port, channel, error in zip(call.ports, channels, errors, strict=True):
             for sink in (channel, error):
@@ -74,12 +75,14 @@ async def serve(socket: web.WebSocketResponse, call: Call, protocol: str, netns:
     except ConnectionError:
         pass
     finally:
+        idle.stop()
         reading.cancel()
 
 
-async def _read(socket: web.WebSocketResponse, channels: list[_Channel], *, text: bool) -> None:
+async def _read(socket: web.WebSocketResponse, idle: Idle, channels: list[_Channel], *, text: bool) -> None:
     try:
         async for message in socket:
+            idle.touch()
             if message.type not in (WSMsgType.BINARY, WSMsgType.TEXT):
                 continue
             number, data = decode(message.data, text=text)

@@ -33,6 +33,32 @@ _BACKLOG: Final = 256 << 10
 _FAREWELL: Final = 10.0
 
 
+class Idle:
+    """Ends a WebSocket over which nothing came or went for so many seconds (0: never); pings don't count."""
+
+    def __init__(self, socket: web.WebSocketResponse, seconds: float) -> None:
+        self._socket = socket
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing: asyncio.Task[bool] | None = None
+        self.touch()
+
+    def touch(self) -> None:
+        """Something came or goes."""
+        self.stop()
+        if self._seconds:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+
+    def stop(self) -> None:
+        """It is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self) -> None:
+        self._closing = asyncio.create_task(self._socket.close(code=1001, message=b"idle"))
+
+
 class Input:
     """A channel that a client writes to."""
 
@@ -76,13 +102,15 @@ class Input:
 class Output:
     """A channel that is written to."""
 
-    def __init__(self, socket: web.WebSocketResponse, number: int, *, text: bool) -> None:
+    def __init__(self, socket: web.WebSocketResponse, idle: Idle, number: int, *, text: bool) -> None:
         self._socket = socket
+        self._idle = idle
         self._number = number
         self._text = text
 
     async def write(self, data: bytes) -> None:
         """See Sink."""
+        self._idle.touch()
         if self._text:
             await self._socket.send_str(f"{self._number}{base64.b64encode(data).decode()}")
         else:
@@ -102,10 +130,11 @@ def decode(data: bytes | str, *, text: bool) -> tuple[int, bytes]:
         raise ValueError(f"a message that is no base64: {error}") from None
 
 
-async def serve(socket: web.WebSocketResponse, call: Call, protocol: str, runner: Run) -> None:
-    """Serve one call until it is over; the WebSocket is closed then."""
+async def serve(socket: web.WebSocketResponse, call: Call, protocol: str, runner: Run, seconds: float = 0.0) -> None:
+    """Serve one call until it is over, or idle for so many seconds; the WebSocket is closed then."""
     version, text = PROTOCOLS[protocol]
-    outputs = {number: Output(socket, number, text=text) for number in (STDOUT, STDERR, ERROR)}
+    idle = Idle(socket, seconds)
+    outputs = {number: Output(socket, idle, number, text=text) for number in (STDOUT, STDERR, ERROR)}
     stdin = Input()
     channels = Channels(
         stdin if call.stdin else None,
@@ -113,7 +142,7 @@ async def serve(socket: web.WebSocketResponse, call: Call, protocol: str, runner
         outputs[STDERR] if call.stderr else None,
         Sizes() if call.tty else None,
     )
-    reading = asyncio.create_task(_read(socket, channels, stdin, version, text=text))
+    reading = asyncio.create_task(_read(socket, idle, channels, stdin, version, text=text))
     try:
         # so that the client knows that it is connected, as Kubernetes' servers do it
         first = STDOUT if call.stdout else STDERR if call.stderr else ERROR
@@ -130,12 +159,16 @@ async def serve(socket: web.WebSocketResponse, call: Call, protocol: str, runner
     except ConnectionError:
         pass
     finally:
+        idle.stop()
         reading.cancel()
 
 
-async def _read(socket: web.WebSocketResponse, channels: Channels, stdin: Input, version: int, *, text: bool) -> None:
+async def _read(
+    socket: web.WebSocketResponse, idle: Idle, channels: Channels, stdin: Input, version: int, *, text: bool
+) -> None:
     try:
         async for message in socket:
+            idle.touch()
             if message.type not in (WSMsgType.BINARY, WSMsgType.TEXT):
                 continue
             number, data = decode(message.data, text=text)

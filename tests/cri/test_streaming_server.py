@@ -412,6 +412,18 @@ async def test_a_websocket_that_vanishes(place: Place) -> None:
     await place.alive()
 
 
+async def test_an_idle_websocket_ends() -> None:
+    async with served(idle=0.2) as place:
+
+        async def use(socket: aiohttp.ClientWebSocketResponse) -> None:
+            async for _ in socket:
+                pass
+            assert socket.close_code == 1001
+
+        await talk(place.url(Call(EXEC, "box", ("wait",), stdout=True)), use)
+        await until(lambda: place.ended == 1)
+
+
 async def test_megabytes_both_ways_over_a_websocket(place: Place) -> None:
     data = os.urandom(3 << 20)
 
