@@ -341,6 +341,10 @@ def _dockers(name: str, rest: list[str]) -> Command | None:
     module = next((group.module for group in (*EVERYDAY, *IMAGES) if verb in group.names and group.single), "")
     if verb == "images":
         module = "docker_images"
+    if name == "image" and rest[0] == "inspect":
+        from wherry.cli.inspect import command
+
+        return command("image")
     return find(import_module(f"wherry.cli.{module}").COMMANDS, verb) if module else None
 
 

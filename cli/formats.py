@@ -9,12 +9,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from wherry.cli.output import table
 from wherry.core.errors import InvalidArgument
 
 Row = Mapping[str, Any]
+
+
+class Labelled(dict[str, Any]):
+    """A row of something that has labels, for `{{.Label "key"}}`."""
+
+    labels: Mapping[str, str] = MappingProxyType({})
+
+
 # headings by the name of the field, in the order of the default table
 Headings = Mapping[str, str]
 MORE: Headings = {

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from wherry.cli.formats import Headings, cut, decimal_size, filters, labels_fit, listing_flags, show
+from wherry.cli.formats import Headings, Labelled, cut, decimal_size, filters, labels_fit, listing_flags, show
 from wherry.cli.table import Command
 from wherry.client.finding import choose, name_of, short_id, short_image
 from wherry.client.states import State, ago, describe, label_json, state_of
@@ -88,22 +88,28 @@ def row(container: Container, state: State, *, whole: bool = False) -> dict[str,
     """A line of the listing, with docker's names for the fields."""
     mounts = mounts_of(container)
     places = [str(mount.get("Name") or mount.get("Source") or "") for mount in mounts]
-    return {
-        "ID": container.id if whole else short_id(container.id),
-        "Image": short_image(container.image) or "-",
-        "Command": f'"{cut(command_of(container), COMMAND_LENGTH, whole=whole)}"',
-        "CreatedAt": _local(container.created_at),
-        "RunningFor": f"{ago(container.created_at)} ago",
-        "Ports": "",
-        "State": state.status,
-        "Status": describe(state),
-        "Size": "",
-        "Names": name_of(container),
-        "Labels": ",".join(f"{key}={value}" for key, value in sorted(container.labels.items()) if not internal(key)),
-        "Mounts": ",".join(places if whole else [cut(place, 15) for place in places]),
-        "LocalVolumes": str(sum(mount.get("Type") == "volume" for mount in mounts)),
-        "Networks": "",
-    }
+    found = Labelled(
+        {
+            "ID": container.id if whole else short_id(container.id),
+            "Image": short_image(container.image) or "-",
+            "Command": f'"{cut(command_of(container), COMMAND_LENGTH, whole=whole)}"',
+            "CreatedAt": _local(container.created_at),
+            "RunningFor": f"{ago(container.created_at)} ago",
+            "Ports": "",
+            "State": state.status,
+            "Status": describe(state),
+            "Size": "",
+            "Names": name_of(container),
+            "Labels": ",".join(
+                f"{key}={value}" for key, value in sorted(container.labels.items()) if not internal(key)
+            ),
+            "Mounts": ",".join(places if whole else [cut(place, 15) for place in places]),
+            "LocalVolumes": str(sum(mount.get("Type") == "volume" for mount in mounts)),
+            "Networks": "",
+        }
+    )
+    found.labels = container.labels
+    return found
 
 
 def mounts_of(container: Container) -> list[dict[str, Any]]:

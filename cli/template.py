@@ -211,6 +211,12 @@ class _Expression:
         return value
 
     def _call(self, piped: Expression | None) -> Expression:
+        if piped is None and [token[0] for token in self._tokens[:2]] == ["field", "string"]:
+            # docker's rows have one method: {{.Label "key"}}
+            path, label = self._tokens.pop(0)[1], _constant(*self._tokens.pop(0))
+            if path != ".Label":
+                raise InvalidArgument(f"template: {path} takes no argument in {{{{{self._text}}}}}")
+            return lambda scope: getattr(scope.dot, "labels", {}).get(label, "")
         if self._tokens and self._tokens[0][0] == "word" and self._tokens[0][1] not in {"true", "false", "nil"}:
             name = self._tokens.pop(0)[1]
             function = FUNCTIONS.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -399,7 +400,11 @@ async def status_error(response: aiohttp.ClientResponse, method: str) -> WherryE
 def _connection_error(method: str, url: str, error: Exception) -> WherryError:
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return DeadlineExceeded(f"{method} {url}: no answer in time")
-    text = f"failed to do request: {method} {url}: {str(error)[:500] or type(error).__name__}"
+    said = str(error)[:500] or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # without the library's own objects in it
+        said = re.sub(r" ssl:(?:<[^>]*>|\w+)", "", said)
+    text = f"failed to do request: {method} {url}: {said}"
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
         return Hopeless(text)
     if isinstance(error, aiohttp.InvalidURL | ValueError):

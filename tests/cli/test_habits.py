@@ -49,6 +49,7 @@ def test_dockers_nouns_have_dockers_verbs(wherry: Wherry) -> None:
         assert "listed" not in wherry.run("container", "ls", "--format", "{{.Names}}").stdout.split()
         assert wherry.run("image", "ls", "-q").stdout == wherry.run("images", "-q").stdout
         assert "CONTAINER" in wherry.run("containers", "ls").stdout  # ctr's
+        assert wherry.run("image", "inspect", "-f", "{{.Id}}", BUSYBOX).stdout.startswith("sha256:")
     finally:
         wherry.run("rm", "listed")
         wherry.run("rm", "noun", code=None)
@@ -63,6 +64,7 @@ def test_what_is_shown_by_template_and_in_full(wherry: Wherry) -> None:
         assert "busybox:test" in full
         assert "sized" in full
         row = json.loads(wherry.run("ps", "-a", "--format", "json").stdout)
+        assert wherry.run("ps", "-a", "--format", '{{.Label "mine"}} {{.Names}}').stdout == "1 sized\n"
         assert row["Labels"] == "mine=1"
         assert row["Networks"] == "none"
     finally:
