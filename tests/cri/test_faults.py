@@ -416,7 +416,18 @@ def test_the_daemon_is_killed_in_the_middle_of_calls(own: WherryLab, seed: int) 
         ready = [item for item in worker.sandboxes() if item.state == cri.SANDBOX_READY]
         assert len(ready) == 1
         worker.delete()
-    assert own.daemon.settle(15) == []
+    assert [left for left in own.daemon.settle(15) if not _never_used(left)] == []
+
+
+def _never_used(left: str) -> bool:
+    """A shim that was forked while its daemon died: it holds nothing, and ends by itself (shim/serving.py, UNUSED)."""
+    kind, _, rest = left.partition(" ")
+    pid = rest.partition(":")[0]
+    if kind != "process" or "containerd-shim-wherry-v1" not in rest:
+        return False
+    with contextlib.suppress(OSError):
+        return not Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+    return True
 
 
 def _go_on(worker: Worker) -> None:
