@@ -22,6 +22,7 @@ from wherry.client import disk as disks
 from wherry.client.guest import Guest
 from wherry.client.keeper import Record, clear
 from wherry.client.launch import Launch, create
+from wherry.client.security import default_profile
 from wherry.client.spec import SpecOptions
 from wherry.client.tasks import Stdio
 from wherry.core import idle
@@ -82,6 +83,7 @@ class Plan(NamedTuple):
             pids=self.limits.pids,
             read_only=self.read_only,
             seccomp=self.seccomp,
+            apparmor_profile=default_profile() if self.seccomp else "",
             net_host=self.net_host,
         )
         return Launch(id=identity, image=self.image, spec=spec, user=self.user, labels={LABEL: str(os.getpid())})

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from wherry.client import security
+from wherry.client.sandbox import Limits, Plan
 from wherry.client.spec_defaults import default_spec
 from wherry.core import apparmor
 from wherry.daemon.apparmor import provide
@@ -74,6 +75,14 @@ async def test_containers_get_it_where_it_is_loaded(parser: Path) -> None:
     for text, profile in (("apparmor=unconfined", None), ("apparmor:mine", "mine")):
         asked = security.parse_options([text, "seccomp=unconfined"])
         assert spec(security=asked)["process"].get("apparmorProfile") == profile
+
+
+async def test_sandboxes_get_it_too(parser: Path) -> None:
+    plan = Plan("busybox", Limits())
+    assert plan.launch("one", "/bin/true").spec.apparmor_profile == ""
+    await provide(str(parser))
+    assert plan.launch("one", "/bin/true").spec.apparmor_profile == apparmor.NAME
+    assert plan._replace(seccomp=False).launch("one", "/bin/true").spec.apparmor_profile == ""
 
 
 def test_it_compiles() -> None:
