@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -37,6 +38,7 @@ from wherry.cri.container_spec import resources
 from wherry.cri.container_stats import Stats
 from wherry.cri.container_status import START_ERROR, START_EXIT_CODE, Names
 from wherry.cri.exec_sync import exec_sync
+from wherry.cri.exec_sync import folder as exec_folder
 from wherry.cri.records import READY, Member, Pod
 from wherry.proto import cri_pb2 as cri
 
@@ -73,6 +75,7 @@ class Members:
 
     async def recover(self) -> None:
         """Find out what lives, once, after the records are read."""
+        await asyncio.to_thread(shutil.rmtree, exec_folder(self._node), ignore_errors=True)
         await self._maker.sweep()
         await self._ends.recover()
 

@@ -91,6 +91,11 @@ async def exec_sync(node: Node, member: Member, request: cri.ExecSyncRequest) ->
     return cri.ExecSyncResponse(stdout=bytes(running.stdout.data), stderr=bytes(running.stderr.data), exit_code=code)
 
 
+def folder(node: Node) -> str:
+    """Where the FIFOs of commands are; what is there when a daemon starts, nobody reads any more."""
+    return os.path.join(node.places.state, "cri", "exec")
+
+
 async def _process(node: Node, member: Member) -> Mapping[str, Any]:
     """The container's own process, which commands are like; it doesn't change while the container is there."""
     known: Mapping[str, Any] | None = member.transient.get("process")
@@ -118,7 +123,7 @@ class _Exec:
     async def run(self) -> int:
         """To its end and that of its output; the exit code."""
         tasks, identity = self._node.client.tasks, self._member.id
-        fifos = Fifos(self._id, stdin=False)
+        fifos = Fifos(self._id, stdin=False, parent=folder(self._node))
         try:
             await self._listen(fifos)
             await tasks.exec(identity, self._id, self._process, fifos.stdio)

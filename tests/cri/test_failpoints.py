@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,19 +61,30 @@ class Kubelet:
     def live(self) -> Any:
         """The container's status at its end, when it has been removed."""
         end = time.monotonic() + 60
-        while time.monotonic() < end:
-            try:
-                if not self._step():
-                    return self.ended
-            except grpc.RpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE:
-                    raise  # nothing else may be said than that nobody is there
-                process = self.lab.daemon.process
-                if process is None or process.poll() is not None:
-                    self.deaths += 1
-                    self.lab.restart()
-            time.sleep(0.05)  # grpc, too, waits a moment before it connects again
+        done = threading.Event()
+        watching = threading.Thread(target=self._watch, args=(done,))
+        watching.start()
+        try:
+            while time.monotonic() < end:
+                try:
+                    if not self._step():
+                        return self.ended
+                except grpc.RpcError as error:
+                    if error.code() != grpc.StatusCode.UNAVAILABLE:
+                        raise  # nothing else may be said than that nobody is there
+                time.sleep(0.05)
+        finally:
+            done.set()
+            watching.join()
         raise AssertionError("it doesn't end")
+
+    def _watch(self, done: threading.Event) -> None:
+        """Starts a daemon where one has died, as an init does: calls wait for it."""
+        while not done.wait(0.02):
+            process = self.lab.daemon.process
+            if process is not None and process.poll() is not None:
+                self.deaths += 1
+                self.lab.restart()
 
     def _step(self) -> bool:
         """What a sync of the pod does; False when all is done."""
