@@ -25,8 +25,10 @@ from google.protobuf.any_pb2 import Any as Packed
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
 from wherry.core.failpoints import reach
 from wherry.cri import netns, pod_files, pod_status
+from wherry.cri.container_security import has_selinux
 from wherry.cri.handlers import choose
 from wherry.cri.pause_tasks import PauseTasks
+from wherry.cri.pod_label import label
 from wherry.cri.pod_making import Making
 from wherry.cri.pod_network import PodNetwork
 from wherry.cri.pod_spec import user_mappings
@@ -84,6 +86,10 @@ class Pods:
             gid_map=gids,
             privileged=config.linux.security_context.privileged,
         )
+        if self._node.settings.enable_selinux and has_selinux():
+            taken = [other.facts.selinux for other in self._records.pods.values()]
+            options = config.linux.security_context.selinux_options
+            facts.selinux = label(options, taken, self._node.settings.selinux_category_range)
         pod = Pod(secrets.token_hex(32), config, facts)
         self._records.reserve_pod(facts.name, pod.id)
         self._unborn.add(pod.id)

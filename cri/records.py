@@ -58,7 +58,8 @@ class PodFacts:
     Times in nanoseconds since the epoch. `namespaces` are the paths that its containers join, by the kinds of the OCI
     specification. `netns` is "" on the host's network, or where nothing was made yet. `ips`: the first is the pod's
     address. `cgroup` is the pod's cgroup parent as the kubelet gave it. `cni` is what the plugins answered last.
-    `uid_map`, `gid_map`: (container, host, length) each; empty without a user namespace.
+    `uid_map`, `gid_map`: (container, host, length) each; empty without a user namespace. `more` is for whoever makes
+    pods: `networks` (of CNI, until they are given back), `apart` (it runs in another's shim), `chain`, `lost`.
     """
 
     name: str = ""
@@ -80,8 +81,6 @@ class PodFacts:
     gid_map: list[list[int]] = field(default_factory=list)
     selinux: str = ""
     privileged: bool = False
-    overhead: str = ""
-    resources: str = ""
     more: dict[str, Any] = field(default_factory=dict)
 
 

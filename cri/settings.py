@@ -124,7 +124,7 @@ class Settings:
     sandbox_image: str = ""
     systemd_cgroup: bool = False
     enable_selinux: bool = False
-    selinux_category_range: int = field(default=1024, metadata=NO_EFFECT)
+    selinux_category_range: int = 1024
     max_container_log_line_size: int = 16 << 10
     disable_cgroup: bool = False
     disable_apparmor: bool = False
@@ -212,6 +212,8 @@ def check(settings: Settings, where: str) -> None:
         raise InvalidArgument(f"{where}containerd.default_runtime_name: no runtime {engine.default_runtime_name!r}")
     if settings.cni.ip_pref not in ("", "ipv4", "ipv6", "cni"):
         raise InvalidArgument(f'{where}cni.ip_pref: expected "ipv4", "ipv6" or "cni"')
+    if settings.selinux_category_range < 2:
+        raise InvalidArgument(f"{where}selinux_category_range: expected a number from 2 on")
     if settings.cni.max_conf_num < 0:
         raise InvalidArgument(f"{where}cni.max_conf_num: expected a number from 0 on")
 
