@@ -102,7 +102,7 @@ def test_no_log_and_logs_that_are_elsewhere_are_said_to_be_so(daemon: Wherryd) -
     assert refused.returncode == 1
     assert "has no log" in refused.stderr
     refused = wherry(daemon, "logs", "nobody", check=False)
-    assert "not found" in refused.stderr
+    assert "no such container: nobody" in refused.stderr
     for options in (["--log-opt", "max-size=1"], ["--log-driver", "none", "--log-opt", "max-size=1m"]):
         wrong = wherry(daemon, "run", "-d", "--name", "x", *options, BUSYBOX, "true", check=False)
         assert wrong.returncode != 0
