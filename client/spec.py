@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from wherry.client.spec_defaults import PATH, capabilities, default_spec
+from wherry.core import places
 from wherry.core.errors import InvalidArgument
 
 # the period of the CFS quota that `--cpus` is made of, in microseconds: the kernel's default
@@ -273,9 +274,15 @@ def capability(name: str) -> str:
 
 
 def own_capabilities() -> list[str]:
-    """The effective capabilities of this process: what a privileged container gets."""
+    """The effective capabilities of this process: what a privileged container gets.
+
+    An ordinary user's gets all that the kernel knows, over the user's own namespace (user_namespaces(7)).
+    """
     from wherry.client.capabilities import NAMES
 
+    if places.is_users():
+        with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+            return list(NAMES[: int(file.read()) + 1])
     with open("/proc/self/status", encoding="ascii") as status:
         line = next(line for line in status if line.startswith("CapEff:"))
     bits = int(line.split()[1], 16)

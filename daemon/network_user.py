@@ -47,8 +47,10 @@ class UserNetwork:
     async def add(self, connection: Connection, endpoint: Endpoint) -> None:
         """Connect it, with its published ports where no other network of the container has them."""
         ports = connection.ports if connection.relayed() is None else []
+        program = usermode.find()
         usermode.choose_ports(ports)
-        await usermode.attach(usermode.find(), connection.netns, endpoint, ports, self._folder(connection))
+        usermode.check_ports(program, ports)
+        await usermode.attach(program, connection.netns, endpoint, ports, self._folder(connection))
 
     def delete(self, connection: Connection) -> None:
         """Take it off. None there is fine."""

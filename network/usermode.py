@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Sequence
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument
@@ -46,42 +49,74 @@ def find() -> str:
     )
 
 
+def check_ports(program: str, ports: Sequence[Port]) -> None:
+    """Whether a program can publish these ports, whose numbers are known. Raises FailedPrecondition.
+
+    The pasta of 2023 (Debian 12) loses datagrams to a port that has another number inside.
+    """
+    for port in ports:
+        shown = f"can't publish port {port.host_ip or '*'}:{port.host_port}/{port.protocol}"
+        if os.path.basename(program) != "pasta":
+            if ":" in port.host_ip:
+                raise FailedPrecondition(f"{shown}: slirp4netns has no IPv6 for that; use pasta or a named network")
+        elif port.protocol == "udp" and port.host_port != port.container_port and not _renumbers(program):
+            raise FailedPrecondition(
+                f"{shown} as {port.container_port}: this pasta is too old for another number; use the same one, or a "
+                "named network"
+            )
+
+
+@functools.cache
+def _renumbers(program: str) -> bool:
+    """By its version, which is a date; Debian 12's has none."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=START, check=False)
+    found = re.search(r"\b(20\d\d)_\d\d_\d\d", done.stdout)
+    return found is not None and int(found[1]) >= 2024
+
+
 def choose_ports(ports: Sequence[Port]) -> None:
     """Give ports that may be any a number that is free now. Raises FailedPrecondition."""
-    for port in ports:
-        if port.protocol not in {"tcp", "udp"}:
-            raise InvalidArgument(f"port {port.container_port}/{port.protocol} can't be published without root")
-        if port.host_port and not port.host_port_end:
-            _try(port, port.host_port)
-            continue
-        last = port.host_port_end or port.host_port
-        for number in range(port.host_port, last + 1):
-            with contextlib.suppress(FailedPrecondition):
-                port.host_port, port.host_port_end = _try(port, number), 0
-                break
-        else:
-            raise FailedPrecondition(f"no port from {port.host_port} to {last} is free")
+    with contextlib.ExitStack() as held:  # until all are found: one that was found isn't free for the next
+        for port in ports:
+            if port.protocol not in {"tcp", "udp"}:
+                raise InvalidArgument(f"port {port.container_port}/{port.protocol} can't be published without root")
+            port.host_port, port.host_port_end = _free(port, held), 0
 
 
-def _try(port: Port, number: int) -> int:
-    """The number, bound for a moment (0: one that is free)."""
+def _free(port: Port, held: contextlib.ExitStack) -> int:
+    if port.host_port and not port.host_port_end:
+        return _try(port, port.host_port, held)
+    if not port.host_port and port.protocol == "udp":
+        with contextlib.suppress(FailedPrecondition):  # the same number where it is free (`check_ports`)
+            return _try(port, port.container_port, held)
+    last = port.host_port_end or port.host_port
+    for number in range(port.host_port, last + 1):
+        with contextlib.suppress(FailedPrecondition):
+            return _try(port, number, held)
+    raise FailedPrecondition(f"no port from {port.host_port} to {last} is free")
+
+
+def _try(port: Port, number: int, held: contextlib.ExitStack) -> int:
+    """The number, bound until `held` ends (0: one that is free)."""
     family = socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET
     kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((port.host_ip, number))
-        except OSError as error:
-            hint = (
-                "; low ports are root's: sysctl net.ipv4.ip_unprivileged_port_start"
-                if isinstance(error, PermissionError)
-                else ""
-            )
-            raise FailedPrecondition(
-                f"can't publish port {port.host_ip or '*'}:{number}: {error.strerror}{hint}"
-            ) from None
-        found: int = probe.getsockname()[1]
-        return found
+    probe = socket.socket(family, kind)
+    try:
+        if port.protocol == "tcp":
+            # only against what is left of connections of before; a socket that listens is in the way as ever
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((port.host_ip, number))
+        if port.protocol == "tcp":
+            probe.listen(1)
+    except OSError as error:
+        probe.close()
+        hint = ""
+        if isinstance(error, PermissionError):
+            hint = "; low ports are root's: sysctl net.ipv4.ip_unprivileged_port_start"
+        raise FailedPrecondition(f"can't publish port {port.host_ip or '*'}:{number}: {error.strerror}{hint}") from None
+    held.enter_context(probe)
+    found: int = probe.getsockname()[1]
+    return found
 
 
 async def attach(program: str, netns: str, endpoint: Endpoint, ports: Sequence[Port], folder: str) -> None:

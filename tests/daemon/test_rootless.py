@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 import urllib.request
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import busybox, users
+from tests.network import traffic
 from tests.peers import need
 from tests.users import User
 from wherry.linux.rootless import Range, granted
@@ -121,6 +123,30 @@ def test_a_network_with_a_published_port(barrow: User, program: str) -> None:
     while any(program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in barrow.processes()):
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("tun")
+def test_published_ports_of_every_form(barrow: User) -> None:
+    """On the default network, by pasta: datagrams, IPv6, any port of a range; what it can't do is refused."""
+    need("pasta")
+    barrow("images", "import", barrow.archive)
+    tcp, udp = traffic.free_port(), traffic.free_port(socket.SOCK_DGRAM)
+    serve = "mkdir /w; echo web >/w/index.html; httpd -f -p 80 -h /w"
+    flags = ["-p", f"{tcp}:80", "-p", "[::1]::80", "-p", f"127.0.0.1:{tcp}-{tcp + 20}:80", "-p", f"{udp}:{udp}/udp"]
+    barrow("run", "-d", "--name", "web", *flags, busybox.NAME, "sh", "-c", serve)
+    ports = [line.partition(" -> ")[2] for line in barrow("port", "web").stdout.splitlines()]
+    only6 = next(int(item.rpartition(":")[2]) for item in ports if item.startswith("[::1]"))
+    ranged = next(int(item.rpartition(":")[2]) for item in ports if item.startswith("127.0.0.1"))
+    assert ranged != tcp
+    for address, port in (("127.0.0.1", tcp), ("::1", tcp), ("::1", only6), ("127.0.0.1", ranged)):
+        assert traffic.until(lambda where=(address, port): traffic.http(*where) == "web"), (address, port)  # type: ignore[misc]
+    with traffic.udp_echo(int(barrow("inspect", "-f", "{{.State.Pid}}", "web").stdout), udp):
+        for address in ("127.0.0.1", "::1"):
+            assert traffic.until(lambda where=address: traffic.echo(where, udp) == "hello"), address  # type: ignore[misc]
+    barrow.more["WHERRY_USER_NETWORK"] = "slirp4netns"
+    low = barrow("run", "--rm", "-p", "1:80", busybox.NAME, "true", check=False)
+    assert low.returncode == 125
+    assert "net.ipv4.ip_unprivileged_port_start" in low.stderr
 
 
 def test_a_network_that_can_not_be_had_says_what_to_install(barrow: User) -> None:

@@ -197,3 +197,14 @@ def test_the_main_job_as_nobody(nobody: User) -> None:
     # shown as the container sees it
     assert nobody("top", "long").stdout.splitlines()[1].split()[0] == "1000"
     nobody("rm", "-f", "long")
+
+
+def test_privileged_is_what_podman_calls_so(barrow: User, podman: list[str]) -> None:
+    """All capabilities, over what is the user's: the devices and the settings of the host stay as they are."""
+    run = ("run", "--rm", "--privileged", "--net", "none", busybox.NAME)
+    held = ("grep", "^Cap", "/proc/self/status")
+    ours, theirs = barrow(*run, *held).stdout, barrow.command(*podman, *run, *held).stdout
+    assert ours == theirs
+    assert "CapEff:\t0000000000000000" not in ours
+    for script in ("mknod /d b 8 0", "echo 1 >/proc/sys/kernel/panic", "chroot /proc/1/root true; cat /etc/shadow"):
+        assert barrow(*run, "sh", "-c", script, check=False).returncode != 0, script
