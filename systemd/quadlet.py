@@ -201,6 +201,8 @@ def _container(
         # what an interrupted run left; a container of that name that isn't there is no error
         ("ExecStartPre", f"-{remove}"),
         ("ExecStart", " ".join(map(quote, words))),
+        # an init without a handler doesn't hear the SIGTERM that is passed on: this kills it after its own time limit
+        ("ExecStop", "-" + " ".join(map(quote, [*wherry, "stop", container]))),
         ("ExecStopPost", f"-{remove}"),
     ):
         _default(service, unit, key, value)
