@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ def reboot(daemon: Wherryd) -> None:
     """What a power loss does, as far as one daemon is concerned: nothing of it runs, nothing is mounted."""
     own = daemon.processes()
     for pid in own:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a child of the fork server's that had just ended
+            os.kill(pid, signal.SIGKILL)
     daemon.kill()
     for _ in range(100):
         if not daemon.processes():

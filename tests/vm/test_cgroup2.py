@@ -22,7 +22,7 @@ def test_the_machine_is_pure_v2(machine: Machine) -> None:
 
 @pytest.mark.parametrize("tests", ["tests/linux/test_cgroups.py", "tests/runtime/test_seccomp.py"])
 def test_those_of_the_host_hold_here(machine: Machine, tests: str) -> None:
-    machine.check(f"cd /opt/src && python -B -m pytest -q -p no:cacheprovider {tests}", timeout=110)
+    machine.check(f"cd /opt/src && python -B -m pytest -q --assert=plain -p no:cacheprovider {tests}", timeout=110)
 
 
 def test_run_prints_and_passes_the_code_on(daemon: Machine) -> None:

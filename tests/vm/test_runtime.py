@@ -123,7 +123,7 @@ def test_those_of_the_host_hold_here(machine: Machine) -> None:
     machine.check("modprobe nf_conntrack_netlink")  # criu asks for it, and asking doesn't load it
     lanes = [
         "\n".join(
-            "WHERRY_REQUIRE_PEERS=1 python -B -m pytest -q -p no:cacheprovider -rs --durations=5 "
+            "WHERRY_REQUIRE_PEERS=1 python -B -m pytest -q --assert=plain -p no:cacheprovider -rs --durations=5 "
             f"-k '{chosen}' {' '.join(f'tests/runtime/test_{name}.py' for name in names.split())} || failed=1"
             for chosen, names in lane
         )
