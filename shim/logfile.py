@@ -55,10 +55,20 @@ class LogFile:
             with contextlib.suppress(OSError), open(os.path.join(folder, NAME), "w") as file:
                 file.write(name)
 
-    def _open(self) -> None:
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    def _open(self, *, fresh: bool = False) -> None:
+        """Go on in the current file; with `fresh` in a new one, which nobody sees before it is locked: who follows it
+        would take that for the end."""
+        path = f"{self._path}.new" if fresh else self._path
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
+        fd = os.open(path, flags, 0o640)
         with contextlib.suppress(OSError):  # another shim of the same container is about to end, or a file system
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK)
+        if fresh:
+            try:
+                os.rename(path, self._path)
+            except OSError:
+                os.close(fd)
+                raise
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = fd
@@ -113,7 +123,7 @@ class LogFile:
             log("error", f"the container's log can't be rotated: {error.strerror}", path=self._path)
             return
         try:
-            self._open()
+            self._open(fresh=True)
         except OSError as error:
             log("error", f"the container's log can't be rotated: {error.strerror}", path=self._path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -326,3 +327,22 @@ def test_who_follows_gets_it_all_and_a_slow_one_makes_the_writer_wait(tmp_path: 
     os.close(sink)
     assert got == b"".join(written)
     assert [item["log"].encode() for item in records(tmp_path / "log")] == [*written, b"alone\n"]
+
+
+def test_a_file_that_follows_is_locked_before_anybody_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = LogFile(str(tmp_path), 200, 2)
+    seen = []
+
+    def look(fd: int, command: int, value: bytes) -> bytes:
+        current = tmp_path / "json.log"
+        seen.append(current.exists() and os.fstat(fd).st_ino == current.stat().st_ino)
+        return fcntl.fcntl(fd, command, value)
+
+    calls = type("calls", (), {"fcntl": staticmethod(look), "F_OFD_SETLK": fcntl.F_OFD_SETLK})
+    monkeypatch.setattr(logfile, "fcntl", calls)
+    for number in range(10):
+        log.add("stdout", [b"line %d\n" % number])
+    log.close()
+    assert len(seen) > 3
+    assert not any(seen)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["json.log", "json.log.1"]
