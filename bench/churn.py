@@ -316,6 +316,9 @@ def main() -> None:
     finally:
         daemon.close()
         shutil.rmtree(f"{FOLDER}/{churn.namespace}", ignore_errors=True)
+        for cgroup in Path("/sys/fs/cgroup").glob(f"*/{churn.namespace}"):  # of the namespace, as containerd leaves them
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
 
 
 if __name__ == "__main__":
