@@ -316,7 +316,8 @@ def main() -> None:
     finally:
         daemon.close()
         shutil.rmtree(f"{FOLDER}/{churn.namespace}", ignore_errors=True)
-        for cgroup in Path("/sys/fs/cgroup").glob(f"*/{churn.namespace}"):  # of the namespace, as containerd leaves them
+        # the namespace's, which stay, as they do with containerd
+        for cgroup in Path("/sys/fs/cgroup").glob(f"*/{churn.namespace}"):
             with contextlib.suppress(OSError):
                 cgroup.rmdir()
 
