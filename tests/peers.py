@@ -29,6 +29,8 @@ PACKAGES = {
     "redis-cli": "redis-server",
     "pasta": "passt",
     "slirp4netns": "slirp4netns",
+    "fuse-overlayfs": "fuse-overlayfs",
+    "cni-bridge": "containernetworking-plugins",
     "qemu-system-x86_64": "qemu-system-x86",
     "mke2fs": "e2fsprogs",
     "newuidmap": "uidmap",
