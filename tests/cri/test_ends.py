@@ -129,9 +129,9 @@ def test_a_stopped_shim_delays_no_one_for_long(pod: Pod) -> None:
         assert time.monotonic() - begun < 20
         assert other.lab.exec(beside, "echo", "here").strip() == "here"
         # as a kubelet's own deadline ends it
-        request = cri.StopContainerRequest(container_id=container, timeout=1)
+        stopping = cri.StopContainerRequest(container_id=container, timeout=1)
         begun = time.monotonic()
-        error = refused(kubelet.StopContainer, request, timeout=5.0)
+        error = refused(kubelet.StopContainer, stopping, timeout=5.0)
         assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert time.monotonic() - begun < 10
     finally:

@@ -33,13 +33,17 @@ POINTS = (
 )
 
 
+class Armed(WherryLab):
+    """A daemon that dies where the file `fail` says."""
+
+    def __init__(self, fail: Path) -> None:
+        super().__init__(env={"WHERRY_FAIL_FILE": str(fail)})
+        self.fail = fail
+
+
 @pytest.fixture(scope="module")
-def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WherryLab]:
-    """A daemon that dies where the file `fail` in its folder says."""
-    path = tmp_path_factory.mktemp("cri") / "fail"
-    for lab in closing(WherryLab(env={"WHERRY_FAIL_FILE": str(path)})):
-        lab.fail = path
-        yield lab
+def armed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Armed]:
+    yield from closing(Armed(tmp_path_factory.mktemp("cri") / "fail"))
 
 
 def test_the_places_are_all_that_there_are() -> None:
@@ -104,7 +108,7 @@ class Kubelet:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_daemon_that_dies(armed: WherryLab, point: str) -> None:
+def test_a_daemon_that_dies(armed: Armed, point: str) -> None:
     config = armed.pod_config(host_network=True)
     pod = armed.run_pod(config)
     armed.fail.write_text(point)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.cri.kubelet import WherryLab, refused
 from tests.cri.test_containers import Lab, Pod
+from wherry.client.spec import own_capabilities
 from wherry.client.users import User
 from wherry.core import apparmor
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -143,7 +144,7 @@ def test_capabilities() -> None:
     def bounding(**wanted: list[str]) -> list[str]:
         return container_security.capability_sets(cri.Capability(**wanted), names, privileged=False)["bounding"]
 
-    everything = container_security.own_capabilities()
+    everything = own_capabilities()
     assert container_security.capability_sets(None, names, privileged=False)["bounding"] == names
     assert bounding(add_capabilities=["net_admin"]) == [*names, "CAP_NET_ADMIN"]
     assert bounding(add_capabilities=["CAP_NET_ADMIN"], drop_capabilities=["KILL"]) == ["CAP_CHOWN", "CAP_NET_ADMIN"]
@@ -264,7 +265,7 @@ def test_privileged(tmp_path: Path) -> None:
     assert spec["linux"]["maskedPaths"] == []
     assert "/dev/null" in {entry["path"] for entry in spec["linux"]["devices"]}
     assert spec["linux"]["resources"]["devices"] == [{"allow": True, "access": "rwm"}]
-    assert set(spec["process"]["capabilities"]["bounding"]) == set(container_security.own_capabilities())
+    assert set(spec["process"]["capabilities"]["bounding"]) == set(own_capabilities())
     assert all("ro" not in m["options"] for m in spec["mounts"] if m["type"] in {"sysfs", "cgroup"})
     bare = Handler(privileged_without_host_devices=True)
     spec = build(making(tmp_path, context=asked, privileged=True, handler=bare))
@@ -308,7 +309,7 @@ def test_cgroup_paths() -> None:
 
 
 def test_namespaces(tmp_path: Path) -> None:
-    def found(pid: int = cri.CONTAINER, **more: Any) -> dict[str, str]:
+    def found(pid: cri.NamespaceMode = cri.CONTAINER, **more: Any) -> dict[str, str]:
         options = cri.NamespaceOption(pid=pid)
         made = making(tmp_path, context=context(namespace_options=options), **more)
         return {item["type"]: item.get("path", "") for item in build(made)["linux"]["namespaces"]}
