@@ -252,10 +252,14 @@ class Container:
 
     def _explain(self, process: Process, end: Exit) -> None:
         """Why a process was killed, where that was for lack of memory; another one's death is not an exec's reason."""
-        if end.status != 128 + signal.SIGKILL or self._cgroup is None or not self._cgroup.oom_kills():
+        if end.status != 128 + signal.SIGKILL or self._cgroup is None:
+            return
+        # systemd removes the scope of a process that ended, and its counters with it; the kernel's log stays
+        gone = not self._cgroup.exists()
+        if not gone and not self._cgroup.oom_kills():
             return
         reason, victim = oom.explain(self._cgroup)
-        if not process.exec_id or victim == process.pid:
+        if victim == process.pid or not (gone or process.exec_id):
             process.reason = reason
 
     async def _attempt(self, what: str, operation: Operation) -> None:
