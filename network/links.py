@@ -18,7 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from wherry.core import places
 from wherry.core.errors import AlreadyExists, FailedPrecondition, NotFound, WherryError
 from wherry.core.failpoints import reach
-from wherry.linux import namespaces
+from wherry.linux import namespaces, owned_namespaces
 from wherry.linux import syscalls as sc
 from wherry.network.model import USERS
 
@@ -89,7 +89,7 @@ class Links:
             if not users.get("path"):
                 os.close(os.open(path + USERS, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
                 sc.mount(f"/proc/self/fd/{owner}", path + USERS, "none", sc.MS_BIND)
-            with namespaces.made_in(owner, sc.CLONE_NEWNET) as pid:
+            with owned_namespaces.made_in(owner, sc.CLONE_NEWNET) as pid:
                 sc.mount(namespaces.path_of("network", pid), path, "none", sc.MS_BIND)
         finally:
             os.close(owner)
