@@ -283,7 +283,7 @@ async def test_what_a_controller_refuses(daemon: Wherryd, call: Caller) -> None:
     ):
         with pytest.raises(NotFound, match="sandbox nothing: not found"):
             await call(CONTROLLER, method, kind(sandbox_id="nothing"))
-    with pytest.raises(WherryError, match="failed to create sandbox usered: a sandbox can't have a user namespace"):
+    with pytest.raises(WherryError, match="failed to create sandbox usered: a sandbox's user namespace needs"):
         await call.sandbox("usered", pod_spec("user"))
     with pytest.raises(NotFound, match="containerd-shim-absent-v9"):
         await call.sandbox("shimless", pod_spec("ipc"), "io.containerd.absent.v9")

@@ -287,4 +287,5 @@ def _open_below(folder: Path) -> list[str]:
     for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return sorted(name for name in found if name.startswith(str(folder)))
+    # of the database: folders are opened and closed by the thread that removes what is left
+    return sorted(name for name in found if name.startswith(str(folder)) and "metadata.db" in name)
