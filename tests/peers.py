@@ -38,6 +38,8 @@ PACKAGES = {
     "ip": "iproute2",
     "nsenter": "util-linux",
     "dbus-daemon": "dbus-daemon",
+    "criu": "criu",
+    "tini": "tini",
     "node": "nodejs",
     "npm": "npm",
     "openssl": "openssl",

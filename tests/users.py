@@ -112,6 +112,8 @@ def of_host(name: str) -> User:
     need("newuidmap")
     with contextlib.suppress(KeyError):
         return User(name, pwd.getpwnam(name).pw_uid)
+    for path in ("/etc/subuid", "/etc/subgid"):
+        Path(path).touch()  # without them useradd grants no ids
     subprocess.run(["useradd", "-m", name], check=True)
     return User(name, pwd.getpwnam(name).pw_uid)
 
@@ -130,11 +132,11 @@ def granted(name: str, first: int, count: int) -> Iterator[None]:
 
 
 def _change(path: str, change: Callable[[str], str]) -> None:
-    with open(path, "r+", encoding="ascii") as file:
+    with open(path, "a+", encoding="ascii") as file:  # a host may not have it yet
         fcntl.flock(file, fcntl.LOCK_EX)
-        text = change(file.read())
         file.seek(0)
-        file.truncate()
+        text = change(file.read())
+        file.truncate(0)
         file.write(text)
 
 
