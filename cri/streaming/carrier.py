@@ -6,6 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+# seconds that a peer gets to take what was sent before a close; one that reads nothing would keep it for ever
+_LINGER = 5.0
+
 
 class Carrier(Protocol):
     """A duplex stream of bytes. `attach` names who takes what comes; b"" is the end, and comes once."""
@@ -27,7 +30,7 @@ class Carrier(Protocol):
         """Read no more for the time being."""
 
     def close(self) -> None:
-        """Send what waits, then close; the end is told."""
+        """Send what waits, for some seconds, then close; the end is told."""
 
     def abort(self) -> None:
         """Close at once."""
@@ -44,6 +47,7 @@ class Raw(asyncio.Protocol):
         self._room = asyncio.Event()
         self._room.set()
         self._ended = False
+        self._lingering: asyncio.TimerHandle | None = None
         transport.set_protocol(self)
 
     def attach(self, receive: Callable[[bytes], None]) -> None:
@@ -65,6 +69,8 @@ class Raw(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """From asyncio."""
         self._ended = True
+        if self._lingering is not None:
+            self._lingering.cancel()
         self._room.set()
         if self._receive is not None:
             self._receive(b"")
@@ -106,6 +112,8 @@ class Raw(asyncio.Protocol):
         """See Carrier."""
         if not self._ended:
             self._transport.close()
+            if self._lingering is None:
+                self._lingering = asyncio.get_running_loop().call_later(_LINGER, self._transport.abort)
 
     def abort(self) -> None:
         """See Carrier."""

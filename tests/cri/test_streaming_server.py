@@ -16,7 +16,7 @@ import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -322,21 +322,46 @@ async def test_a_client_that_reads_nothing_holds_up_its_own_stream_alone(place: 
     await until(lambda: place.ended == len(place.ran))
 
 
-async def test_one_that_pings_and_never_reads_is_cut_off_or_waited_for(place: Place) -> None:
-    """Whichever buffer is full first: the answers' (it is cut off) or the pings' (nobody reads them any more)."""
-    carrier = await place.upgraded(Call(EXEC, "box", ("wait",), stdout=True), "v4.channel.k8s.io")
-    carrier.hold(True)
-    ping = struct.pack(">III", 1 << 31 | 3 << 16 | 6, 4, 1) * 50_000
-    sent = 0
-    with contextlib.suppress(ConnectionError, TimeoutError):
-        async with asyncio.timeout(5):
-            while True:
-                carrier.write(ping)
-                await carrier.drain()
-                sent += len(ping)
-    assert sent < 256 << 20
-    carrier.abort()
-    await place.alive()
+async def test_one_that_pings_and_never_reads_is_cut_off() -> None:
+    async with served(idle=60.0, creation=60.0) as place:
+        carrier = await place.upgraded(Call(EXEC, "box", ("wait",), stdout=True), "v4.channel.k8s.io")
+        carrier.hold(True)
+        ping = struct.pack(">III", 1 << 31 | 3 << 16 | 6, 4, 1) * 50_000
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(20):
+                while True:
+                    carrier.write(ping)
+                    await carrier.drain()
+        carrier.abort()
+        await place.alive()
+
+
+async def test_a_connection_whose_peer_reads_nothing_closes_all_the_same() -> None:
+    """Or it would be kept, with what waits to be sent, for as long as the peer likes."""
+    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    made: list[Raw] = []
+
+    class Sending(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            raw = Raw(cast("asyncio.Transport", transport), b"")
+            raw.attach(lambda data: None if data else over.set())
+            raw.write(bytes(32 << 20))
+            raw.close()
+            made.append(raw)
+
+    server = await loop.create_server(Sending, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+    try:
+        cast("asyncio.Transport", writer.transport).pause_reading()
+        async with asyncio.timeout(20):
+            await over.wait()
+        assert made
+    finally:
+        writer.transport.abort()
+        server.close()
+        await asyncio.sleep(0.05)
+    del reader
 
 
 async def test_an_idle_connection_ends() -> None:
