@@ -236,12 +236,14 @@ def test_attached_to_a_process_that_is_logged_meanwhile(each_lab: Lab, by: str) 
 
 def test_the_end_of_the_input_is_passed_on_where_it_comes_once(each_lab: Lab) -> None:
     reference = each_lab.name == "containerd"
-    box = Box(each_lab, ["cat"], stdin=True, stdin_once=True)
-    wishes = [wish("error"), wish("stdin", b"all of it", fin=True), wish("stdout"), wish("stderr")]
-    done = streams.spdy(attach_url(box), SPDY[:1], wishes, 10, lenient=reference)
-    # containerd 1.6 resets the streams at the end, now and then before it has sent what was said
-    assert done["data"]["stdout"] == b"all of it" or (reference and not done["data"]["stdout"])
-    assert each_lab.exited(box.id).exit_code == 0
+    for _ in range(5 if reference else 1):  # containerd 1.6 resets streams at the end, now and then before their last
+        box = Box(each_lab, ["cat"], stdin=True, stdin_once=True)
+        wishes = [wish("error"), wish("stdin", b"all of it", fin=True), wish("stdout"), wish("stderr")]
+        done = streams.spdy(attach_url(box), SPDY[:1], wishes, 10, lenient=reference)
+        assert each_lab.exited(box.id).exit_code == 0
+        if done["data"]["stdout"]:
+            break
+    assert done["data"]["stdout"] == b"all of it"
 
 
 def test_otherwise_the_end_of_the_input_detaches(each_lab: Lab) -> None:
