@@ -14,6 +14,7 @@ from wherry.core.names import check_identifier
 from wherry.linux import cgroups, mounts
 from wherry.linux.cgroups.layout import V1_CONTROLLERS, Mode, own_cgroups
 from wherry.proto import cgroups_v1_pb2, cgroups_v2_pb2, events_pb2, runc_options_pb2, task_v2_pb2
+from wherry.runtime import quickjson
 from wherry.shim import oom
 from wherry.shim.external import External
 from wherry.shim.log import log
@@ -87,6 +88,7 @@ class Container:
         self._shim = shim
         self._cgroup: cgroups.Cgroup | None = None
         self._oom: cgroups.OomWatch | None = None
+        self._oom_told = False
         self._kill_rest = False
         self._rootfs: list[mounts.Mount] = []
         self._restore: Checkpoint | None = None
@@ -247,20 +249,24 @@ class Container:
         self.init.settle(end)
 
     def _exec_exited(self, process: Process, end: Exit) -> None:
+        self._tell_oom()
         self._explain(process, end)
         process.settle(end)
 
     def _explain(self, process: Process, end: Exit) -> None:
         """Why a process was killed, where that was for lack of memory; another one's death is not an exec's reason."""
-        if end.status != 128 + signal.SIGKILL or self._cgroup is None:
+        cgroup = self._find_cgroup() if end.status == 128 + signal.SIGKILL else None
+        if cgroup is None:
             return
         # systemd removes the scope of a process that ended, and its counters with it; the kernel's log stays
-        gone = not self._cgroup.exists()
-        if not gone and not self._cgroup.oom_kills():
+        gone = not cgroup.exists()
+        if not gone and not cgroup.oom_kills():
             return
-        reason, victim = oom.explain(self._cgroup)
+        reason, victim = oom.explain(cgroup)
         if victim == process.pid or not (gone or process.exec_id):
             process.reason = reason
+            if not self._oom_told:  # it came before the watch, or went with the cgroup
+                self._publish_oom()
 
     async def _attempt(self, what: str, operation: Operation) -> None:
         try:
@@ -394,11 +400,14 @@ class Container:
     # -- cgroup ----------------------------------------------------------------------------------------------------
 
     def _find_cgroup(self) -> cgroups.Cgroup | None:
-        """The container's cgroup, looked up when it is first needed."""
+        """The container's cgroup, looked up when it is first needed: by the init, or where the runtime noted it."""
         if self._cgroup is None and self.init.pid:
+            if self.init.reaped:  # the number may be another process's by now
+                self._cgroup = noted_cgroup(self.settings.root, self.id)
+                return self._cgroup
             try:
                 self._cgroup = cgroup_of(self.init.pid)
-            except (OSError, errors.WherryError) as error:  # it may be gone already
+            except (OSError, errors.WherryError) as error:
                 log("error", f"loading cgroup for {self.init.pid}: {error}", id=self.id)
         return self._cgroup
 
@@ -426,9 +435,13 @@ class Container:
         if self._oom is None:
             return
         if self._oom.read():
-            self._shim.publisher.publish(events_pb2.TaskOOM(container_id=self.id))
+            self._publish_oom()
         if self._oom.gone:
             self._close_oom()
+
+    def _publish_oom(self) -> None:
+        self._oom_told = True
+        self._shim.publisher.publish(events_pb2.TaskOOM(container_id=self.id))
 
     def _close_oom(self) -> None:
         if self._oom is not None:
@@ -446,3 +459,13 @@ def cgroup_of(pid: int) -> cgroups.Cgroup:
     return cgroups.restore(
         {name: layout.v1[name].mountpoint + own[name] for name in V1_CONTROLLERS if name in layout.v1 and name in own}
     )
+
+
+def noted_cgroup(root: str, container: str) -> cgroups.Cgroup | None:
+    """The cgroup that a runtime's state.json names (`cgroup_paths`, ours as runc's); None where there is no such."""
+    try:
+        with open(f"{root}/{container}/state.json", "rb") as file:
+            paths = quickjson.loads(file.read())["cgroup_paths"]
+        return cgroups.restore(paths) if paths else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

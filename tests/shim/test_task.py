@@ -282,10 +282,16 @@ async def test_the_third_version_is_the_same_service(lab: Lab) -> None:
     await _end(shim)
 
 
-async def test_out_of_memory(lab: Lab) -> None:
+@pytest.mark.parametrize("sudden", [False, True])
+async def test_out_of_memory(lab: Lab, sudden: bool) -> None:
+    """`sudden`: it is over before the start is, so nobody can have watched; the hook after it makes sure of that."""
     shim = await lab.spawn("a")
     spec = container_spec("a", "/bin/sh", "-c", "x=aaaaaaaaaaaaaaaaaaaa; while :; do x=$x$x; done")
     spec["linux"]["resources"]["memory"] = {"limit": 16 << 20, "swap": 16 << 20}
+    if sudden:
+        number = "$(sed 's/.*\"pid\":\\s*\\([0-9]*\\).*/\\1/')"
+        gone = rf"while grep -q '^State:\s*[^Z]' /proc/{number}/status; do sleep 0.1; done"
+        spec["hooks"] = {"poststart": [{"path": "/bin/sh", "args": ["sh", "-c", gone], "timeout": 60}]}
     await shim.create(spec=spec)
     await shim.start()
     assert (await shim.wait()).exit_status == 137
