@@ -158,7 +158,9 @@ def _shim(control: int, sequence: str, words: ShimWords, life: Life) -> None:
         return
     reach("shim.spawn.bound")
     become_shim(parameters)
-    _reply(control, sequence, str(os.getpid()), parameters.socket)
+    if not _reply(control, sequence, str(os.getpid()), parameters.socket):
+        _leave(listener, parameters.socket)
+        return
     reach("shim.spawn.answered")
     os.close(control)
     life.serve(listener, parameters)
@@ -215,6 +217,16 @@ def _bind(path: str) -> socket.SocketType:
     return listener
 
 
+def _leave(listener: socket.SocketType, path: str) -> None:
+    """End as a shim that nobody knows of: the daemon died before it was told, and the next one may have looked by then.
+
+    A shim that has answered is there before that daemon's end, and so is found by the next one.
+    """
+    listener.close()
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def _delete(control: int, sequence: str, words: ShimWords) -> None:
     set_process_title([NAME, "-namespace", words.namespace, "-id", words.id, "delete"], NAME)
     set_child_subreaper()
@@ -225,11 +237,13 @@ def _delete(control: int, sequence: str, words: ShimWords) -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _reply(control: int, sequence: str, *words: str) -> None:
+def _reply(control: int, sequence: str, *words: str) -> bool:
+    """Answer the daemon; False where it is gone."""
     try:
         os.write(control, join(sequence, "", *words))
-    except (BrokenPipeError, ConnectionResetError):  # the daemon is gone; its successor finds the shim
-        return
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
 
 
 def _refuse(control: int, sequence: str, error: Exception) -> None:

@@ -62,9 +62,10 @@ class Kubelet:
     """A client of both services: `kubelet.RunPodSandbox(config=…)` is that call, with the request's fields."""
 
     def __init__(self, address: str) -> None:
-        # a daemon that comes back is found soon
-        backoff = [(f"grpc.{word}_reconnect_backoff_ms", 200) for word in ("initial", "min", "max")]
-        options = [("grpc.default_authority", "localhost"), *backoff]
+        # a daemon that comes back is found soon; `min` is how long one attempt may take (as with a kubelet)
+        backoff = {"initial": 100, "min": 5000, "max": 200}
+        options: list[tuple[str, Any]] = [("grpc.default_authority", "localhost")]
+        options += [(f"grpc.{word}_reconnect_backoff_ms", value) for word, value in backoff.items()]
         self._channel = grpc.insecure_channel(f"unix:{address}", options=options)
 
     def close(self) -> None:

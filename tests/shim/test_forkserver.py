@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import py_compile
@@ -101,6 +102,33 @@ async def test_a_fork_server_killed_while_it_loads_delays_nobody(lab: Lab) -> No
         assert time.monotonic() - begun < 9
         await shim.shutdown()
         await lab.forks.close()
+
+
+@pytest.mark.parametrize("lab", ["bundled"], indirect=True)
+async def test_a_shim_whose_daemon_died_before_its_answer_is_not_left(lab: Lab) -> None:
+    # the next daemon may have looked before it listened: then nobody ended it for two minutes
+    request = lab.request("late")
+    os.makedirs(request.bundle)
+    forks = await ForkServer.start()
+    asking = asyncio.create_task(forks.spawn(request))
+    await asyncio.sleep(0)  # it is asked while it loads, and comes to that when nobody is there any more
+    await forks.close()
+    with pytest.raises(errors.Unavailable):
+        await asking
+    async with asyncio.timeout(20):
+        while not Path(request.bundle, "shim.log").exists() or working_in(request.bundle):
+            await asyncio.sleep(0.02)
+    assert not os.path.exists(request.socket)
+
+
+def working_in(bundle: str) -> list[int]:
+    """The processes that work in a bundle: a shim, and what it forks."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{name}/cwd") == bundle:
+                found.append(int(name))
+    return found
 
 
 async def test_the_fork_server_ends_with_its_socket(lab: Lab) -> None:
