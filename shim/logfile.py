@@ -79,7 +79,7 @@ class LogFile:
         if self._fd < 0:
             return
         end = f',"stream":"{stream}","time":"{self._now()}"}}\n'
-        text = "".join([f'{{"log":{_quoted(line)}{end}' for line in lines])
+        records = [f'{{"log":{_quoted(line)}{end}'.encode() for line in lines]
         if self._lost:
             missing = f"[wherry: {self._lost} lines of output could not be written and are missing here]\n"
             note = f'{{"log":{_quoted(missing.encode())},"lost":{self._lost}{end}'
@@ -87,8 +87,27 @@ class LogFile:
                 self._lost += len(lines)
                 return
             self._lost = 0
-        if not self._write(text.encode()):
-            self._lost += len(lines)
+        for count, data in self._pieces(records):
+            # behind a gap nothing is written before the record that tells of it
+            if self._lost or not self._write(data):
+                self._lost += count
+
+    def _pieces(self, records: list[bytes]) -> list[tuple[int, bytes]]:
+        """Records joined to what is written at once, each with their number: all of them, unless that is more than the
+        file may hold. A shim that got its turn late finds a pipe full of lines, which are several files' worth."""
+        room = self._max_size - self._size
+        together = b"".join(records)
+        if not self._max_size or len(together) <= room:
+            return [(len(records), together)]
+        pieces: list[tuple[int, bytes]] = []
+        first = length = 0
+        for number, record in enumerate(records):
+            if length + len(record) > room:
+                if number > first:
+                    pieces.append((number - first, b"".join(records[first:number])))
+                first, length, room = number, 0, self._max_size
+            length += len(record)
+        return [*pieces, (len(records) - first, b"".join(records[first:]))]
 
     def _write(self, data: bytes) -> bool:
         if self._max_size and self._size and self._size + len(data) > self._max_size:

@@ -133,6 +133,19 @@ def test_files_are_limited_in_size_and_number(tmp_path: Path) -> None:
     assert len(numbers) > 200
 
 
+def test_a_pipe_full_of_lines_makes_several_files(tmp_path: Path) -> None:
+    """What a shim finds that got its turn late."""
+    pipe = Pipe(tmp_path, size=16384, files=3)
+    pipe.say(b"first\n")
+    pipe.say(b"".join(b"line %d\n" % number for number in range(3000)))
+    pipe.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["json.log", "json.log.1", "json.log.2"]
+    assert all(path.stat().st_size <= 16384 for path in tmp_path.iterdir())
+    numbers = [int(entry.data.split()[1]) for entry in logs.read(str(tmp_path))]
+    assert numbers == list(range(numbers[0], 3000))
+    assert len(numbers) > 400
+
+
 def test_one_file_alone_begins_anew(tmp_path: Path) -> None:
     pipe = Pipe(tmp_path, size=4096, files=1)
     for number in range(500):
