@@ -42,7 +42,7 @@ class Containerd:
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen([program, "-c", str(config)], stdout=log, stderr=log, env=environment)
 
-    def start(self, timeout: float = 20.0) -> None:
+    def start(self, timeout: float = 60.0) -> None:
         """Waits until it answers."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
@@ -56,7 +56,7 @@ class Containerd:
         """Ends the daemon and its shims, unmounts, removes the folder."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(10)
+            self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

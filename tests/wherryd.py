@@ -33,7 +33,7 @@ from tests.peers import need
 
 BUSYBOX = busybox.NAME
 # an emulated machine takes its time
-START_TIMEOUT = float(os.environ.get("WHERRY_TESTS_START_SECONDS", "20"))
+START_TIMEOUT = float(os.environ.get("WHERRY_TESTS_START_SECONDS", "60"))
 
 
 class Wherryd:
@@ -108,7 +108,7 @@ class Wherryd:
             return 0
         if self.process.poll() is None:
             self.process.send_signal(signum)
-        code = self.process.wait(timeout=15)
+        code = self.process.wait(timeout=60)
         self.process = None
         return code
 
@@ -170,7 +170,7 @@ class Wherryd:
         found += [f"bundle {name}" for name in self.bundles()]
         return found + [f"socket {path.name}" for path in (self.state / "s").glob("*")]
 
-    def settle(self, timeout: float = 5.0) -> list[str]:
+    def settle(self, timeout: float = 30.0) -> list[str]:
         """`leftovers`, given up to `timeout` seconds to become none."""
         end = time.monotonic() + timeout
         while (found := self.leftovers()) and time.monotonic() < end:

@@ -57,7 +57,7 @@ def pid(daemon: Wherryd, name: str) -> int:
 
 
 def wait_for(path: Path, text: str) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 30
     while text not in (path.read_text() if path.exists() else ""):
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -123,7 +123,7 @@ def test_a_log_is_rotated(daemon: Wherryd) -> None:
 def test_bytes_of_a_program_come_out_as_they_went_in(daemon: Wherryd) -> None:
     run(daemon, "bytes", "head -c 300000 /dev/urandom | tee /data; sleep 1000")
     with open(f"/proc/{pid(daemon, 'bytes')}/root/data", "rb") as file:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 30
         while True:
             file.seek(0)
             data = file.read()
@@ -143,7 +143,7 @@ def test_a_full_disk_under_the_log_stops_nobody(daemon: Wherryd) -> None:
     try:
         wherry(daemon, "start", "full")
         root = Path(f"/proc/{pid(daemon, 'full')}/root")
-        end = time.monotonic() + 20
+        end = time.monotonic() + 30
         while (free := os.statvfs(where)).f_bavail * free.f_bsize > 4096:
             assert time.monotonic() < end
             time.sleep(0.05)

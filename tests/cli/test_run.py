@@ -205,7 +205,7 @@ def test_start_and_remove_in_steps(wherry: Wherry, tmp_path: Path) -> None:
     assert wherry.run("tasks", "start", "--log-uri", f"file://{log}", "steps", code=6).stdout == ""
     assert log.read_text() == "logged\n"
     wherry.run("tasks", "start", "-d", "--null-io", "steps")
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while "STOPPED" not in wherry.run("tasks", "ls").stdout and time.monotonic() < end:
         time.sleep(0.05)
     wherry.run("tasks", "rm", "steps", code=6)

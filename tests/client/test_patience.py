@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 
@@ -100,17 +101,21 @@ async def test_events_that_come_while_the_daemon_is_away_are_not_missed(daemon: 
                 found.append((fields["container_id"], fields.get("exit_status", 0)))
                 more.set()
 
-        async def known(name: str) -> None:
-            async with asyncio.timeout(30):
+        async def known(name: str, seconds: float = 30) -> None:
+            async with asyncio.timeout(seconds):
                 while name not in dict(found):
                     more.clear()
                     await more.wait()
 
         watching = asyncio.create_task(watch())
         try:
-            await asyncio.sleep(0.5)
-            async with wherry.run(BUSYBOX, ["true"]) as first:
-                await known(first.id)
+            for _ in range(30):  # until the subscription is there
+                async with wherry.run(BUSYBOX, ["true"]) as first:
+                    with contextlib.suppress(TimeoutError):
+                        await known(first.id, 1)
+                        break
+            assert found[-1:] == [(first.id, 0)]
+            del found[:-1]
             async with wherry.run(BUSYBOX, ["sh", "-c", "sleep 1; exit 4"]) as container:
                 await asyncio.to_thread(daemon.kill)
                 await asyncio.sleep(2)

@@ -92,7 +92,7 @@ async def test_cancelled_it_leaves_nothing(client: Client) -> None:
             await program.wait()
 
     task = asyncio.create_task(work())
-    await asyncio.wait_for(started.wait(), 10)
+    await asyncio.wait_for(started.wait(), 30)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -173,7 +173,7 @@ async def test_an_end_that_cannot_be_written_is_told_all_the_same(monkeypatch: p
     ends = container_ends.Ends(cast("Node", node))
     await ends.ended(member, 3, 5)
     assert (member.state, member.facts.exit_code, happened) == (cri.CONTAINER_EXITED, 3, ["told"])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await deleted.wait()
     assert happened == ["told", "written 3", "deleted c"]
     await ends.close()

@@ -209,13 +209,13 @@ def test_what_other_clients_pull_is_an_image_of_the_node(client: Kubelet, each_l
     def there() -> cri.Image | None:
         return next((image for image in client.ListImages().images if name in image.repo_tags), None)
 
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while (image := there()) is None and time.monotonic() < end:
         time.sleep(0.1)
     assert image is not None
     assert image.id in ctr(each_lab, "images", "ls", "-q")
     ctr(each_lab, "images", "rm", name)
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while name in (tags := list(image.repo_tags)) and time.monotonic() < end:
         image = status(client, image.id) or image
         time.sleep(0.05)

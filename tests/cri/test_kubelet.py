@@ -405,13 +405,18 @@ def test_the_evented_pleg_sees_every_step(lab: WherryLab) -> None:
     )
     reader.start()
     try:
-        time.sleep(0.3)
+        end = time.monotonic() + 30
+        while not seen:  # until the subscription is there
+            assert time.monotonic() < end
+            lab.run_pod(lab.pod_config(host_network=True))
+            lab.remove_pods()
         worker = Worker(lab, "evented", [Spec("main", SLEEP)])
         worker.settle()
         container = worker.status("main").id
         worker.kill(0)
         worker.delete()
-        time.sleep(0.5)
+        lab.until(lambda: (container, cri.CONTAINER_DELETED_EVENT) in seen, "its end is told")
+        time.sleep(0.3)  # for what should not come
     finally:
         stream.cancel()
         reader.join()

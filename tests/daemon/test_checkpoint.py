@@ -79,7 +79,7 @@ def count(daemon: Wherryd, identity: str) -> int:
 
 
 def wait_for_count(daemon: Wherryd, identity: str, least: int) -> int:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 30
     while (now := count(daemon, identity)) < least:
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -137,7 +137,7 @@ def test_a_folder_and_the_end_of_the_task(daemon: Wherryd, flags: list[str], tmp
     images.mkdir()
     daemon.ctr("task", "checkpoint", "--exit", "--image-path", str(images), "folder")
     assert (images / "inventory.img").exists()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 30
     while "RUNNING" in daemon.ctr("task", "ls").stdout:
         assert time.monotonic() < end
         time.sleep(0.05)

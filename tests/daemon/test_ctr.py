@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.daemon.test_restart import events
 from tests.peers import need
 from tests.sid import need_sid
 from tests.wherryd import BUSYBOX, Wherryd
@@ -43,7 +44,7 @@ def status(ctr: Ctr, name: str) -> str:
 
 
 def wait_for(ctr: Ctr, name: str, wanted: str) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while status(ctr, name) != wanted and time.monotonic() < end:
         time.sleep(0.05)
     assert status(ctr, name) == wanted
@@ -120,14 +121,8 @@ def test_images_snapshots_content_leases_namespaces(ctr: Ctr, wherryd: Wherryd) 
 
 
 def test_events(program: str, ctr: Ctr, wherryd: Wherryd) -> None:
-    command = [program, "--address", wherryd.address, "events"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listening:
-        time.sleep(0.5)
+    with events(wherryd, program) as lines:
         ctr("run", "--rm", BUSYBOX, "seen", "true")
-        time.sleep(0.5)
-        listening.terminate()
-        assert listening.stdout is not None
-        lines = listening.stdout.read().splitlines()
     topics = [next(word for word in line.split() if word.startswith("/")) for line in lines]
     of_the_task = [topic for topic in topics if topic.startswith("/tasks/")]
     assert of_the_task == ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import grpc
@@ -127,13 +128,17 @@ def test_a_client_that_leaves_ends_its_stream(wherryd: Wherryd) -> None:
             Envelope.FromString,
         )
         stream = subscribe(events_service_pb2.SubscribeRequest())
-        time.sleep(0.2)
+        heard = threading.Thread(target=lambda: next(iter(stream)))
+        heard.start()
+        while heard.is_alive():
+            wherryd.ctr("namespaces", "create", f"mark-{time.monotonic_ns()}")
+            heard.join(0.1)
         stream.cancel()  # type: ignore[no-untyped-call] # the stubs leave its type out
-        late = subscribe(events_service_pb2.SubscribeRequest(), timeout=0.3)
+        late = subscribe(events_service_pb2.SubscribeRequest(), timeout=1)
         with pytest.raises(grpc.RpcError) as caught:
             next(iter(late))
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while wherryd.log_text().count("Events/Subscribe") < 2 and time.monotonic() < end:
             time.sleep(0.05)
     assert wherryd.log_text().count("Events/Subscribe") == 2
@@ -201,7 +206,7 @@ def test_sigusr1_prints_stacks_and_sighup_the_level() -> None:
         subprocess.run(["kill", "-USR1", str(daemon.pid)], check=True)
         daemon.config.write_text('version = 2\n[debug]\nlevel = "error"\n')
         subprocess.run(["kill", "-HUP", str(daemon.pid)], check=True)
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while "Current thread" not in daemon.log_text() and time.monotonic() < end:
             time.sleep(0.05)
         assert "Server:" in daemon.ctr("version").stdout

@@ -19,7 +19,7 @@ from wherry.proto.types_pb2 import Envelope
 
 
 async def next_of(subscription: Subscription) -> Envelope:
-    return await asyncio.wait_for(anext(subscription), 2)
+    return await asyncio.wait_for(anext(subscription), 30)
 
 
 async def test_a_subscriber_sees_what_comes_after_it_in_order() -> None:
@@ -113,7 +113,7 @@ async def test_closing_ends_the_reader() -> None:
     exchange.publish("ns", "/a", TaskExit())
     await asyncio.sleep(0)
     subscription.close()
-    assert await asyncio.wait_for(reader, 2) == 1
+    assert await asyncio.wait_for(reader, 30) == 1
 
 
 @pytest.mark.parametrize(

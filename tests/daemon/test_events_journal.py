@@ -252,7 +252,7 @@ async def test_what_was_confirmed_survives_sigkill_and_no_number_comes_twice(tmp
 
 async def collect(stream: AsyncIterator[pb.Event], count: int) -> list[pb.Event]:
     found = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         async for event in stream:
             found.append(event)
             if len(found) == count:

@@ -60,7 +60,7 @@ def state_of(daemon: Wherryd, identity: str) -> str:
 
 
 def wait_for(daemon: Wherryd, identity: str, state: str) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 30
     while (now := state_of(daemon, identity)) != state:
         assert time.monotonic() < end, f"{identity} is {now}, not {state}"
         time.sleep(0.05)
@@ -101,7 +101,7 @@ def test_a_strange_shim_that_is_killed(daemon: Wherryd, flags: list[str]) -> Non
     parent = int(Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[1])
     assert b"containerd-shim" in Path(f"/proc/{parent}/cmdline").read_bytes()
     os.kill(parent, signal.SIGKILL)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 30
     while alive(init) or state_of(daemon, "victim"):
         assert time.monotonic() < end
         time.sleep(0.05)

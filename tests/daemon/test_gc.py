@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -272,52 +273,57 @@ async def test_it_comes_to_an_end_under_endless_writes(tmp_path: Path) -> None:
         assert await left(all_) == set()
 
 
+async def collected(all_: Stores, times: int) -> None:
+    """Waits until so many collections have run."""
+    end = time.monotonic() + 30
+    while all_.collector._collections < times:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+async def until_empty(all_: Stores) -> None:
+    """Waits until the collector, which runs by itself, has left nothing."""
+    end = time.monotonic() + 30
+    # it counts when it is through
+    while (found := await left(all_)) or all_.collector._lock.locked():
+        assert time.monotonic() < end, found
+        await asyncio.sleep(0.02)
+
+
 async def test_it_runs_by_itself_after_the_start_and_after_deletions(tmp_path: Path) -> None:
-    policy = Policy(startup_delay=0.05, pause_threshold=0.5)
+    policy = Policy(startup_delay=1.0, pause_threshold=0.5)
     async with stores(tmp_path, policy) as all_:
         await all_.images.create(NS, image("i", await blob(all_, "data")))
-        await asyncio.sleep(0.3)
+        await collected(all_, 1)
         assert await left(all_) == {"data"}
         await all_.images.delete(NS, "i")
-        for _ in range(40):
-            await asyncio.sleep(0.05)
-            if not await left(all_):
-                break
-        assert await left(all_) == set()
+        await until_empty(all_)
 
 
 async def test_it_runs_by_itself_when_something_expires(tmp_path: Path) -> None:
     policy = Policy(startup_delay=0.05, pause_threshold=0.5)
-    soon = {"containerd.io/gc.expire": (datetime.now(UTC) + timedelta(seconds=0.5)).isoformat()}
     async with stores(tmp_path, policy) as all_:
-        await all_.leases.create(NS, "l", soon)
+        soon = datetime.now(UTC) + timedelta(seconds=2)
+        await all_.leases.create(NS, "l", {"containerd.io/gc.expire": soon.isoformat()})
         await blob(all_, "data", lease="l")
-        await asyncio.sleep(0.2)
-        assert await left(all_) == {"data"}
-        for _ in range(40):
-            await asyncio.sleep(0.05)
-            if not await left(all_):
-                break
-        assert await left(all_) == set()
+        await collected(all_, 1)
+        there = await left(all_)
+        assert there == {"data"} or datetime.now(UTC) > soon
+        await until_empty(all_)
         assert await all_.leases.list(NS) == []
 
 
 async def test_it_sleeps_while_nothing_happens_and_hurries_when_asked(tmp_path: Path) -> None:
     policy = Policy(startup_delay=0.01, pause_threshold=0.001, deletion_threshold=3)
     async with stores(tmp_path, policy) as all_:
-        await asyncio.sleep(0.1)
-        assert all_.collector._collections == 1
+        await collected(all_, 1)
         digests = [await blob(all_, f"{number}") for number in range(4)]
         await all_.content.delete(NS, digests[0])
         await asyncio.sleep(0.1)
         assert all_.collector._collections == 1  # 20 seconds since the last one are not over
         await all_.content.delete(NS, digests[1])
         await all_.content.delete(NS, digests[2])
-        for _ in range(40):
-            await asyncio.sleep(0.05)
-            if not await left(all_):
-                break
-        assert await left(all_) == set()
+        await until_empty(all_)
         assert all_.collector._collections == 2
 
 

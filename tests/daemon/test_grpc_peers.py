@@ -148,7 +148,7 @@ def test_compression_is_refused_in_words(daemon: Wherryd) -> None:
 
 
 def test_keepalive_of_a_client_that_only_listens(daemon: Wherryd) -> None:
-    options = {"keepalive_time_ms": 100, "keepalive_timeout_ms": 500, "keepalive_permit_without_calls": 1}
+    options = {"keepalive_time_ms": 100, "keepalive_timeout_ms": 2000, "keepalive_permit_without_calls": 1}
     with channel(daemon, **options) as on:
         subscribe = on.unary_stream(
             SUBSCRIBE,
@@ -156,7 +156,7 @@ def test_keepalive_of_a_client_that_only_listens(daemon: Wherryd) -> None:
             version_pb2.VersionResponse.FromString,
         )
         with pytest.raises(grpc.RpcError) as caught:
-            list(subscribe(events_service_pb2.SubscribeRequest(filters=['topic=="/no/such"']), timeout=1.5))
+            list(subscribe(events_service_pb2.SubscribeRequest(filters=['topic=="/no/such"']), timeout=3))
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
@@ -196,7 +196,7 @@ def test_ctr_hears_errors_and_events(daemon: Wherryd) -> None:
         [need("ctr"), "--address", daemon.address, "events"], stdout=subprocess.PIPE, text=True
     ) as events:
         assert events.stdout is not None
-        stop = threading.Timer(10, events.kill)
+        stop = threading.Timer(60, events.kill)
         stop.start()
         line = ""
         for number in range(50):
@@ -265,10 +265,10 @@ def test_mutated_conversations_harm_nobody_else(daemon: Wherryd) -> None:
     with channel(daemon) as on:
         assert version(on)
         before, conversations, end = memory(daemon), 0, time.monotonic() + 8
-        while time.monotonic() < end and conversations < 15_000:
+        while conversations <= 200 or (time.monotonic() < end and conversations < 15_000):
             conversations += 1
             with socket.socket(socket.AF_UNIX) as peer:
-                peer.settimeout(2)
+                peer.settimeout(30)
                 peer.connect(daemon.address)
                 with contextlib.suppress(OSError):
                     peer.sendall(mutated(chance))
@@ -279,7 +279,6 @@ def test_mutated_conversations_harm_nobody_else(daemon: Wherryd) -> None:
                             pass
             if conversations % 100 == 0:
                 assert version(on)
-        assert conversations > 200
         assert version(on)
         assert memory(daemon) - before < 32 << 20
     assert "Traceback" not in daemon.log_text()
@@ -334,9 +333,9 @@ def test_sigterm_lets_a_call_finish_and_a_client_finds_the_next_daemon() -> None
             )(namespaces_pb2.CreateNamespaceRequest(namespace=namespaces_pb2.Namespace(name="grpc")))
             with ThreadPoolExecutor(1) as pool:
                 answers = pool.submit(lambda: list(call(slowly(), metadata=NAMESPACE, timeout=20)))
-                begun.wait(5)
+                assert begun.wait(30)
                 assert daemon.stop() == 0
-                assert answers.result(10)[-1].digest == f"sha256:{hashlib.sha256(blob).hexdigest()}"
+                assert answers.result(60)[-1].digest == f"sha256:{hashlib.sha256(blob).hexdigest()}"
             daemon.start()
             assert version(on, wait_for_ready=True)
     finally:

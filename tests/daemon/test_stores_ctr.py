@@ -20,11 +20,11 @@ from tests.wherryd import BUSYBOX, Wherryd
 def shared() -> Iterator[Wherryd]:
     """One daemon for the tests of this file that don't kill it; each uses namespaces of its own."""
     need("ctr")
-    daemon = Wherryd()
+    # what no lease holds would go in the collection after the start, as on containerd
+    later = '[plugins."io.containerd.gc.v1.scheduler"]\n  startup_delay = "1h"\n'
+    daemon = Wherryd(config=f"version = 2\n{later}")
     try:
         daemon.start()
-        # what no lease holds would go in the collection after the start, as on containerd
-        time.sleep(0.5)
         yield daemon
     finally:
         daemon.close()
@@ -170,7 +170,7 @@ def test_an_upload_survives_the_daemon(wherryd: Wherryd) -> None:
         client.stdin.write(data[: 4 << 20])
         client.stdin.flush()
         ingests = wherryd.root / "content" / "ingest"
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while sum(path.stat().st_size for path in ingests.glob("*/data")) < 3 << 20 and time.monotonic() < end:
             time.sleep(0.02)
         wherryd.kill()

@@ -312,7 +312,7 @@ async def test_a_pull_that_is_given_up_goes_on_the_next_time(rig: Rig, serve: Se
 
     server = await serve(slow)
     pulling = asyncio.create_task(rig.pull(f"{server.address}/x:v1", image_store("x")))
-    await asyncio.wait_for(reached.wait(), 10)
+    await asyncio.wait_for(reached.wait(), 30)
     while (await rig.stores.content.status(NS, f"layer-{layer.digest}")).offset < 2_000_000:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     pulling.cancel()

@@ -257,14 +257,14 @@ async def test_whoever_waited_takes_over(rig: Rig, serve: Serve) -> None:
 
     server = await serve(stuck)
     first = asyncio.create_task(rig.pull(f"{server.address}/x:v1", image_store("first")))
-    await asyncio.wait_for(asked.wait(), 10)
+    await asyncio.wait_for(asked.wait(), 30)
     second = asyncio.create_task(rig.pull(f"{server.address}/x:v1", image_store("second")))
     while not any(message.name.startswith("layer-") for message in rig.progress):
         await asyncio.sleep(0.01)
         if second.done() or len(server.seen) >= 5:
             break
     first.cancel()
-    await asyncio.wait_for(second, 20)
+    await asyncio.wait_for(second, 60)
     await asyncio.gather(first, return_exceptions=True)
     assert [image.name for image in await rig.stores.images.list(NS)] == ["second"]
     assert await rig.stores.leases.list(NS) == []

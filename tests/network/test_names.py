@@ -212,7 +212,7 @@ def test_port_53_of_the_host_may_be_taken(wherry: Wherry) -> None:
 def keeper(daemon: Wherryd) -> int:
     """The pid of a daemon's keeper; it may take a moment until there is one."""
     path = str(daemon.state / "network" / "keeper.sock").encode()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while time.monotonic() < end:
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:

@@ -62,7 +62,7 @@ http: {{addr: "127.0.0.1:{port}"{http}}}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([binary, "serve", str(config)], stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()

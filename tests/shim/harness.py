@@ -102,7 +102,7 @@ class EventsService:
 
     async def wait_for(self, topic: str, count: int = 1) -> None:
         """Wait until so many of a topic came."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.topics.count(topic) < count:
                 await asyncio.sleep(0.005)
 
@@ -141,7 +141,7 @@ class Output:
 
     async def wait_for(self, text: bytes) -> None:
         """Wait until it contains this."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while text not in self.data:
                 await asyncio.sleep(0.005)
 
@@ -228,7 +228,7 @@ class Shim:
     async def shutdown(self) -> None:
         """Shutdown, and wait until the shim is gone."""
         await self.call("Shutdown", task_v2_pb2.ShutdownRequest(id=self.id))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while alive(self.bootstrap.pid):
                 await asyncio.sleep(0.005)
 

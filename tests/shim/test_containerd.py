@@ -49,7 +49,7 @@ class Containerd:
         command += ["--root", str(self.work / "root"), "--state", str(self.work / "state")]
         environment = {**os.environ, "PATH": f"{self.work / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"}
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while self.ctr("version", check=False).returncode:
             assert time.monotonic() < deadline, (self.work / "log").read_text()[-2000:]
             time.sleep(0.05)
@@ -232,7 +232,7 @@ def test_containers_of_a_group_share_a_shim(containerd: Containerd, run: Callabl
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.shim.harness import Lab
 from wherry.proto import events_pb2, task_v2_pb2
 from wherry.proto.ttrpc.client import TtrpcClient
-from wherry.shim.events import MAX_QUEUED, Publisher
+from wherry.shim.events import CONFIRM, MAX_QUEUED, Publisher
 from wherry.shim.loop import Children, Loop
 
 
@@ -39,7 +39,7 @@ async def test_a_mute_daemon_holds_up_nothing(lab: Lab) -> None:
     mute.listen(1)
     await shim.create("/bin/true")
     await shim.start()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(CONFIRM - 0.5):
         assert (await shim.wait()).exit_status == 0
         await shim.delete()
     mute.close()

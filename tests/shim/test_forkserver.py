@@ -230,7 +230,7 @@ async def modules(shim: Shim) -> list[str]:
     log = shim.bundle / "shim.log"
     size = log.stat().st_size
     os.kill(shim.bootstrap.pid, signal.SIGUSR1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while b"modules=" not in (text := log.read_bytes()[size:]):
             await asyncio.sleep(0.005)
     line = next(line for line in text.splitlines() if b"modules=" in line)

@@ -97,7 +97,7 @@ async def test_close_io_is_the_end_of_the_input(lab: Lab) -> None:
     os.write(stdin, b"more\n")
     os.close(stdin)
     assert (await shim.wait()).exit_status == 0
-    await asyncio.wait_for(out.ended.wait(), 5)
+    await asyncio.wait_for(out.ended.wait(), 30)
     assert bytes(out.data) == b"input\nmore\nover\n"
     await shim.delete()
     await shim.shutdown()
@@ -127,7 +127,7 @@ async def test_a_terminal(lab: Lab) -> None:
     assert (await shim.wait()).exit_status == 0
     os.close(stdin)
     await shim.delete()
-    await asyncio.wait_for(out.ended.wait(), 5)
+    await asyncio.wait_for(out.ended.wait(), 30)
     assert b"24 80\r\n[typed]\r\n" in out.data
     await shim.shutdown()
 
@@ -143,7 +143,7 @@ async def test_an_exec_with_a_terminal(lab: Lab) -> None:
     await shim.start("t")
     assert (await shim.wait("t")).exit_status == 0
     await shim.delete("t")
-    await asyncio.wait_for(out.ended.wait(), 5)
+    await asyncio.wait_for(out.ended.wait(), 30)
     assert out.data.count(b"y") >= 200000
     await shim.kill(9)
     await shim.wait()
@@ -159,9 +159,9 @@ async def test_a_process_left_behind_does_not_hold_up_the_delete_for_ever(lab: L
     out = shim.output("stdout", "x")
     await shim.start("x")
     assert (await shim.wait("x")).exit_status == 0
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await shim.delete("x")
-    await asyncio.wait_for(out.ended.wait(), 5)
+    await asyncio.wait_for(out.ended.wait(), 30)
     assert bytes(out.data) == b"done\n"
     await shim.kill(9)
     await shim.wait()
@@ -205,7 +205,7 @@ async def test_a_logging_program(lab: Lab) -> None:
     await shim.start()
     await shim.wait()
     await shim.delete()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not log.exists() or not log.read_text():
             await asyncio.sleep(0.01)
     assert (shim.bundle / "log.txt.start").read_text() == "a testing key"

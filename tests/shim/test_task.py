@@ -35,7 +35,7 @@ async def test_life_of_a_container(lab: Lab) -> None:
     deleted = await shim.delete()
     assert (deleted.exit_status, deleted.pid) == (7, created.pid)
     assert deleted.exited_at == ended.exited_at
-    await asyncio.wait_for(out.ended.wait(), 5)
+    await asyncio.wait_for(out.ended.wait(), 30)
     assert bytes(out.data) == b"hello\n"
     assert not mounted(shim.bundle / "rootfs")
     await lab.events.wait_for("/tasks/delete")
@@ -59,7 +59,7 @@ async def test_exec_in_a_running_container(lab: Lab) -> None:
     exec_pid = await shim.start("x")
     assert (await shim.wait("x")).exit_status == 3
     assert (await shim.delete("x")).exit_status == 3
-    await asyncio.wait_for(asyncio.gather(out.ended.wait(), err.ended.wait()), 5)
+    await asyncio.wait_for(asyncio.gather(out.ended.wait(), err.ended.wait()), 30)
     assert (bytes(out.data), bytes(err.data)) == (b"out\n", b"err\n")
     assert (await shim.state()).pid == pid
     await lab.events.wait_for("/tasks/exit")
@@ -110,7 +110,7 @@ async def test_signals_start_as_the_kernel_has_them(lab: Lab) -> None:
     await shim.start()
     await shim.wait()
     await shim.delete()
-    await asyncio.wait_for(out.ended.wait(), 5)
+    await asyncio.wait_for(out.ended.wait(), 30)
     blocked, ignored = (int(line.split()[1], 16) for line in out.data.decode().splitlines())
     # 32 and 33 are the C library's own and not to be had
     assert (blocked, ignored & ~(0b11 << 31)) == (0, 0)
@@ -126,7 +126,7 @@ async def test_nothing_of_the_shim_is_open_in_the_container(lab: Lab) -> None:
     await shim.start()
     await shim.wait()
     await shim.delete()
-    await asyncio.wait_for(out.ended.wait(), 5)
+    await asyncio.wait_for(out.ended.wait(), 30)
     assert len([line for line in out.data.decode().splitlines() if "->" in line]) == 3
     await shim.shutdown()
 
@@ -139,7 +139,7 @@ async def test_kill_all_where_pids_are_shared(lab: Lab) -> None:
     await shim.start()
     assert (await shim.wait()).exit_status == 0
     left = int(out.data.split()[0])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while alive(left):
             await asyncio.sleep(0.01)
     await shim.delete()

@@ -164,7 +164,7 @@ async def test_a_shim_at_rest_is_lighter(lab: Lab) -> None:
     await shim.create("/bin/sleep", "100")
     await shim.start()
     busy = private_of(shim.bootstrap.pid)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while COUNTS and private_of(shim.bootstrap.pid) > busy * 0.85 and time.monotonic() < end:
         await asyncio.sleep(0.05)
     assert private_of(shim.bootstrap.pid) <= busy * (0.85 if COUNTS else 1.5)
