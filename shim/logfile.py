@@ -6,49 +6,38 @@ A record is a line, or a part of one that has no newline at its end: of 16 KiB, 
 once with a terminal, whose reader waits for a prompt). Bytes that aren't UTF-8 are written as `\\udc80` to `\\udcff`:
 valid JSON, which readers of ours turn back into the bytes and others show as U+FFFD.
 
-The writer holds a lock on the current file (fcntl(2), F_OFD_SETLK), by which readers know whether more will come.
-
-What can't be written (a full disk) is dropped and counted: the container goes on. When there is room again a record
-says how much is missing there. A disk that doesn't answer at all stops the shim, as it stops every writer.
+The lock by which readers know whether more will come, and what a full disk does: `copying.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import struct
-import time
 from _json import encode_basestring, encode_basestring_ascii  # json.encoder's own, without its classes
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from wherry.core.container_logs import CURRENT, NAME
+from wherry.shim.copying import LineCopy, LogWriter, open_log
 from wherry.shim.log import log
-from wherry.shim.loop import Loop, Timer
+from wherry.shim.loop import Loop
 
 # what a record holds at most of a line (docker's defaultBufSize): a line without an end can't eat the memory
 PART: Final = 16384
 # seconds that a part of a line waits for the rest of it
 PATIENCE: Final = 0.1
-_CHUNK: Final = 65536
-# so many chunks, then the other callbacks get their turn
-_CHUNKS_PER_TURN: Final = 16
-_LOCK: Final = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-class LogFile:
+class LogFile(LogWriter):
     """The files of one log. Nothing here raises but the constructor."""
 
     def __init__(self, folder: str, max_size: int, max_files: int, name: str = "") -> None:
         """Open the current file to append to it, made where missing. Raises OSError."""
-        self._path = os.path.join(folder, CURRENT)
+        super().__init__(os.path.join(folder, CURRENT))
         self._max_size = max_size
         self._max_files = max_files
-        self._fd = -1
         self._size = 0
-        self._lost = 0
-        self._second, self._prefix = -1, ""
         os.makedirs(folder, 0o700, exist_ok=True)
         self._open()
         if name:
@@ -59,10 +48,7 @@ class LogFile:
         """Go on in the current file; with `fresh` in a new one, which nobody sees before it is locked: who follows it
         would take that for the end."""
         path = f"{self._path}.new" if fresh else self._path
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
-        fd = os.open(path, flags, 0o640)
-        with contextlib.suppress(OSError):  # another shim of the same container is about to end, or a file system
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK)
+        fd = open_log(path, fresh=fresh)
         if fresh:
             try:
                 os.rename(path, self._path)
@@ -81,8 +67,7 @@ class LogFile:
         end = f',"stream":"{stream}","time":"{self._now()}"}}\n'
         records = [f'{{"log":{_quoted(line)}{end}'.encode() for line in lines]
         if self._lost:
-            missing = f"[wherry: {self._lost} lines of output could not be written and are missing here]\n"
-            note = f'{{"log":{_quoted(missing.encode())},"lost":{self._lost}{end}'
+            note = f'{{"log":{_quoted(self._missing.encode())},"lost":{self._lost}{end}'
             if not self._write(note.encode()):
                 self._lost += len(lines)
                 return
@@ -112,17 +97,9 @@ class LogFile:
     def _write(self, data: bytes) -> bool:
         if self._max_size and self._size and self._size + len(data) > self._max_size:
             self._rotate()
-        try:
-            written = os.write(self._fd, data)
-            if written < len(data):
-                written += os.write(self._fd, data[written:])  # says why it was short
-        except OSError as error:
-            if not self._lost:
-                log("error", f"the container's log can't be written: {error.strerror}", path=self._path)
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._size)  # half a record is none
+        if not self._append(data):
             return False
-        self._size += written
+        self._size += len(data)
         return True
 
     def _rotate(self) -> None:
@@ -146,19 +123,6 @@ class LogFile:
         except OSError as error:
             log("error", f"the container's log can't be rotated: {error.strerror}", path=self._path)
 
-    def _now(self) -> str:
-        """RFC 3339 with nanoseconds."""
-        second, nanosecond = divmod(time.time_ns(), 10**9)
-        if second != self._second:
-            self._second, self._prefix = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._prefix}.{nanosecond:09d}Z"
-
-    def close(self) -> None:
-        """Readers see by the lock that this was all."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
 
 def _quoted(line: bytes) -> str:
     try:
@@ -167,11 +131,8 @@ def _quoted(line: bytes) -> str:
         return encode_basestring_ascii(line.decode(errors="surrogateescape"))
 
 
-class LogCopy:
-    """Moves what comes from a pipe or a terminal into a log, until the end; then calls `finished` once.
-
-    Has what `Copy` has; owns neither the descriptors nor the log.
-    """
+class LogCopy(LineCopy):
+    """Moves output into a log, and to a FIFO that somebody follows."""
 
     def __init__(
         self,
@@ -186,64 +147,24 @@ class LogCopy:
     ) -> None:
         """`prompt`: a part of a line doesn't wait for the rest of it. `sink`: a FIFO that gets it all, too; one that
         takes nothing stops the copy, and so the writer."""
-        self._loop = loop
-        self._source = source
-        self._log = log_file
         self._sink = sink
         self._rest = b""
-        self._stream = stream
-        self._finished: Callable[[], None] | None = finished
-        self._prompt = prompt
-        self._part = b""
-        self._timer: Timer | None = None
-        self.moved = 0
-        """Bytes that went through so far."""
-        loop.on_read(source, self._move)
-
-    @property
-    def done(self) -> bool:
-        """True once nothing more will be moved."""
-        return self._finished is None
-
-    def flush(self) -> None:
-        """Move what is there now."""
-        if not self.done:
-            self._move()
+        write = partial(log_file.add, stream)
+        super().__init__(loop, source, finished, write=write, cut=_cut, longest=PART, patience=PATIENCE, prompt=prompt)
 
     def stop(self) -> None:
         """Move nothing more; `finished` isn't called."""
-        if self._finished is not None:
-            self._finished = None
-            self._loop.on_read(self._source, None)
-            if self._rest:
-                self._loop.on_write(self._sink, None)
-        self._flush_part()
+        if not self.done and self._rest:
+            self._loop.on_write(self._sink, None)
+        super().stop()
 
-    def _move(self) -> None:
-        for _ in range(_CHUNKS_PER_TURN):
-            if self.done or self._rest:
-                return
-            try:
-                data = os.read(self._source, _CHUNK)
-            except BlockingIOError:
-                return
-            except InterruptedError:
-                continue
-            except OSError:  # EIO: the other end of a terminal is closed everywhere
-                data = b""
-            if not data:
-                finished = self._finished
-                self.stop()
-                if finished is not None:
-                    finished()
-                return
-            self.moved += len(data)
-            self._take(data)
-            if self._sink >= 0:
-                self._pass_on(data)
+    def _held(self) -> bool:
+        return bool(self._rest)
 
     def _pass_on(self, data: bytes) -> None:
         """Give it to who follows; what doesn't fit is kept, and nothing more is read meanwhile."""
+        if self._sink < 0:
+            return
         try:
             written = os.write(self._sink, data)
         except BlockingIOError:
@@ -262,35 +183,6 @@ class LogCopy:
             self._loop.on_write(sink, None)
             self._loop.on_read(self._source, self._move)
 
-    def _take(self, data: bytes) -> None:
-        lines = (self._part + data).split(b"\n")
-        self._part = lines.pop()
-        records = [line + b"\n" for line in lines]
-        if any(len(record) > PART for record in records):
-            records = [part for record in records for part in _parts(record)]
-        while len(self._part) > PART:
-            part = _cut(self._part)
-            records.append(part)
-            self._part = self._part[len(part) :]
-        if self._prompt and self._part:
-            records.append(self._part)
-            self._part = b""
-        if records:
-            self._log.add(self._stream, records)
-        if self._part and self._timer is None:
-            self._timer = self._loop.later(PATIENCE, self._flush_part)
-        elif not self._part and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _flush_part(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        part, self._part = self._part, b""
-        if part:
-            self._log.add(self._stream, [part])
-
 
 def _cut(data: bytes) -> bytes:
     """The first part of what is too long, not in the middle of a character."""
@@ -306,12 +198,3 @@ def _cut(data: bytes) -> bytes:
 
 def _length(first: int) -> int:
     return 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2
-
-
-def _parts(record: bytes) -> list[bytes]:
-    found = []
-    while len(record) > PART:
-        part = _cut(record)
-        found.append(part)
-        record = record[len(part) :]
-    return [*found, record] if record else found

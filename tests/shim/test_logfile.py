@@ -17,7 +17,7 @@ import pytest
 from wherry.client import logs
 from wherry.core import container_logs
 from wherry.core.errors import InvalidArgument, NotFound
-from wherry.shim import logfile
+from wherry.shim import copying, logfile
 from wherry.shim.logfile import PART, LogCopy, LogFile
 from wherry.shim.loop import Loop
 
@@ -352,7 +352,7 @@ def test_a_file_that_follows_is_locked_before_anybody_sees_it(tmp_path: Path, mo
         return fcntl.fcntl(fd, command, value)
 
     calls = type("calls", (), {"fcntl": staticmethod(look), "F_OFD_SETLK": fcntl.F_OFD_SETLK})
-    monkeypatch.setattr(logfile, "fcntl", calls)
+    monkeypatch.setattr(copying, "fcntl", calls)
     for number in range(10):
         log.add("stdout", [b"line %d\n" % number])
     log.close()
