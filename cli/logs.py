@@ -102,6 +102,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 ABOUT = """show what a container wrote
 
 Reads the files that the container's shim writes, so it works while the daemon is down (by the container's id, the
-beginning of it, or the name that it was started under). Only logs of the driver json-file can be shown."""
+beginning of it, or the name that it was started under). Only logs of the driver json-file can be shown, and those of
+Kubernetes' containers (-n k8s.io), with what a kubelet has rotated away and not yet compressed."""
 
 COMMANDS = [Command(("logs",), ABOUT, logs, _configure, "wherry logs -f --tail 20 web")]

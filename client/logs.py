@@ -1,6 +1,7 @@
 """A container's log, read from its files: no daemon is needed for that (`core/container_logs.py`, `shim/logfile.py`).
 
-Bytes come back as the container wrote them. Whether more will come is told by the lock that the writer holds.
+Bytes come back as the container wrote them. Whether more will come is told by the lock that the writer holds. A log in
+Kubernetes' format (`shim/crilog.py`) is read the same way, `client/cri_logs.py` has what is its own.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from wherry.core.container_logs import CURRENT, FOLDER, NAME, SCHEME, folder_of
+from wherry.core.container_logs import CURRENT, FOLDER, NAME, SCHEME, cri_path_of, folder_of
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
 
-__all__ = ["Entry", "find", "folder", "read"]
+__all__ = ["Entry", "find", "folder", "nanoseconds", "open_file", "read"]
 
 _CHUNK = 1 << 16
 # seconds between looks at a log that is followed: just after something came, and when nothing does (a look costs 20 µs;
@@ -36,12 +37,17 @@ class Entry(NamedTuple):
 
 
 def folder(uri: str) -> str:
-    """The folder of a container's log by its URI. Raises FailedPrecondition where there is none to be read."""
-    found = folder_of(uri)
+    """Where a container's log is by its URI, for `read`: a folder, or the file of a log in Kubernetes' format.
+
+    Raises FailedPrecondition where there is none to be read.
+    """
+    found = folder_of(uri) or cri_path_of(uri)
     if found:
         return found
     if uri:
-        raise FailedPrecondition(f"the output goes to {uri}: only logs of the driver {SCHEME} can be read here")
+        raise FailedPrecondition(
+            f"the output goes to {uri}: only logs of the driver {SCHEME}, and Kubernetes', can be read here"
+        )
     raise FailedPrecondition("the container has no log (--log-driver none, or it was made without one)")
 
 
@@ -70,11 +76,11 @@ def find(name: str, namespace: str) -> str:
 def read(
     path: str, *, since: float | None = None, until: float | None = None, tail: int | None = None, follow: bool = False
 ) -> Iterator[Entry]:
-    """The entries of the log in a folder, oldest first; times in seconds since the epoch, `tail` in lines.
+    """The entries of a log, oldest first, by what `folder` gave; times in seconds since the epoch, `tail` in lines.
 
     With `follow` it goes on until the container's output has ended (or `until` has come). Raises NotFound.
     """
-    reader = _Reader(path)
+    reader = _reader(path)
     first = None if since is None else int(since * 1e9)
     last = None if until is None else int(until * 1e9)
     try:
@@ -86,6 +92,14 @@ def read(
         reader.close()
 
 
+def _reader(path: str) -> _Reader:
+    if os.path.isdir(path):
+        return _Reader(os.path.join(path, CURRENT), _files, _parse)
+    from wherry.client import cri_logs
+
+    return _Reader(path, cri_logs.files, cri_logs.parse)
+
+
 def _between(entries: Iterable[Entry], first: int | None, last: int | None) -> Iterator[Entry]:
     for entry in entries:
         if (first is None or entry.at >= first) and (last is None or entry.at <= last):
@@ -95,9 +109,15 @@ def _between(entries: Iterable[Entry], first: int | None, last: int | None) -> I
 class _Reader:
     """The files of one log, opened before they are read: what is rotated away meanwhile is still here."""
 
-    def __init__(self, path: str) -> None:
-        self._path = os.path.join(path, CURRENT)
+    def __init__(
+        self, path: str, files: Callable[[str], Iterator[int]], parse: Callable[[bytes], Entry | None]
+    ) -> None:
+        """`path` is the current file; `files` opens that and the ones before it, newest first, for whoever asks."""
+        self._path = path
+        self._open_all = files
+        self._parse = parse
         self._files: list[int] = []
+        self._before = -1
         self._rest = b""
         self._files = self._newer_than(0)
         if not self._files:
@@ -113,7 +133,7 @@ class _Reader:
         found: deque[Entry] = deque()
         count = 0
         for fd in reversed(self._files):
-            for entry in _backwards(fd):
+            for entry in _backwards(fd, self._parse):
                 if entry.data.endswith(b"\n") or not found:
                     count += 1
                     if count > lines:
@@ -132,7 +152,9 @@ class _Reader:
         pause = _LOOK[0]
         while until is None or time.time() < until:
             current = self._files[-1]
-            written = _is_written(current)
+            # the one before is given up when this one is locked, not earlier: asked in this order one of them is
+            before = _is_written(self._before)
+            written = _is_written(current) or before
             for entry in self._read(current):
                 pause = _LOOK[0]
                 yield entry
@@ -140,7 +162,8 @@ class _Reader:
             if following:
                 # nothing is written to a file any more that another one has followed
                 yield from self._read(current)
-                os.close(self._files.pop())
+                self._forget_before()
+                self._before = self._files.pop()
                 self._files += following
                 for fd in following[:-1]:
                     self._rest = b""
@@ -155,19 +178,11 @@ class _Reader:
     def _newer_than(self, inode: int) -> list[int]:
         """The files that came after one (all where there is none of this number), oldest first.
 
-        The newest is looked for first: a rotation meanwhile shows a file twice and hides none. While it renames, one
-        number is missing; behind the last file two are.
+        The newest is looked for first: a rotation meanwhile shows a file twice and hides none.
         """
         found: list[int] = []
         seen: set[int] = set()
-        number = missing = 0
-        while missing < 2:
-            fd = _open(f"{self._path}.{number}" if number else self._path)
-            number += 1
-            if fd < 0:
-                missing += 1
-                continue
-            missing = 0
+        for fd in self._open_all(self._path):
             status = os.fstat(fd)
             if status.st_ino == inode:
                 os.close(fd)
@@ -184,18 +199,38 @@ class _Reader:
             lines = (self._rest + data).split(b"\n")
             self._rest = lines.pop()
             for line in lines:
-                entry = _parse(line)
+                entry = self._parse(line)
                 if entry is not None:
                     yield entry
 
+    def _forget_before(self) -> None:
+        if self._before >= 0:
+            os.close(self._before)
+            self._before = -1
+
     def close(self) -> None:
         """Free the files."""
+        self._forget_before()
         for fd in self._files:
             os.close(fd)
         self._files = []
 
 
-def _open(path: str) -> int:
+def _files(path: str) -> Iterator[int]:
+    """While a rotation renames, one number is missing; behind the last file two are."""
+    number = missing = 0
+    while missing < 2:
+        fd = open_file(f"{path}.{number}" if number else path)
+        number += 1
+        if fd < 0:
+            missing += 1
+        else:
+            missing = 0
+            yield fd
+
+
+def open_file(path: str) -> int:
+    """A file to read; -1 where there is none."""
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -204,6 +239,8 @@ def _open(path: str) -> int:
 
 def _is_written(fd: int) -> bool:
     """Whether a shim holds the lock."""
+    if fd < 0:
+        return False
     try:
         kind = struct.unpack_from("@h", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _LOCK))[0]
     except OSError:
@@ -215,7 +252,7 @@ def _parse(line: bytes) -> Entry | None:
     """An entry of a record; None for what is none (half of one, after a disk was full)."""
     try:
         value = json.loads(line)
-        return Entry(_nanoseconds(value["time"]), value["stream"], value["log"].encode("utf-8", "surrogateescape"))
+        return Entry(nanoseconds(value["time"]), value["stream"], value["log"].encode("utf-8", "surrogateescape"))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -223,8 +260,8 @@ def _parse(line: bytes) -> Entry | None:
 _days: dict[str, int] = {}
 
 
-def _nanoseconds(text: str) -> int:
-    """RFC 3339 in UTC with up to nine digits of a fraction."""
+def nanoseconds(text: str) -> int:
+    """RFC 3339 in UTC with up to nine digits of a fraction. Raises ValueError."""
     day = text[:10]
     start = _days.get(day)
     if start is None:
@@ -236,7 +273,7 @@ def _nanoseconds(text: str) -> int:
     return seconds * 10**9 + int(text[19:].strip(".Z").ljust(9, "0") or 0)
 
 
-def _backwards(fd: int) -> Iterator[Entry]:
+def _backwards(fd: int, parse: Callable[[bytes], Entry | None]) -> Iterator[Entry]:
     """The entries of a file, the last one first."""
     at = os.fstat(fd).st_size
     rest = b""
@@ -250,10 +287,10 @@ def _backwards(fd: int) -> Iterator[Entry]:
             lines.pop()  # empty, or half a record
         first = False
         for line in reversed(lines):
-            entry = _parse(line)
+            entry = parse(line)
             if entry is not None:
                 yield entry
-    entry = _parse(rest) if rest else None
+    entry = parse(rest) if rest else None
     if entry is not None:
         yield entry
 

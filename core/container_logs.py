@@ -89,11 +89,19 @@ def fifo_of(stream: str) -> str:
     return "" if "://" in stream and not stream.startswith("fifo://") else stream.removeprefix("fifo://")
 
 
+def cri_path_of(uri: str) -> str:
+    """The file that the URI of a log in Kubernetes' format names, "" where it is another or names none."""
+    scheme, _, rest = uri.partition("://")
+    return rest.partition("?")[0].replace("%3F", "?").replace("%25", "%") if scheme == CRI else ""
+
+
 def path_of(uri: str) -> str:
     """The file that output goes to, of a log of ours the current one; "" where it is no file."""
     folder = folder_of(uri)
     if folder:
         return f"{folder}/{CURRENT}"
+    if path := cri_path_of(uri):
+        return path
     return uri.partition("?")[0].removeprefix("file://") if uri.startswith("file://") else ""
 
 

@@ -23,9 +23,10 @@ from wherry.client.containers import Container
 from wherry.client.spec_defaults import default_spec
 from wherry.client.users import User
 from wherry.client.values import Mount
+from wherry.core import container_logs
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry.core.failpoints import reach
-from wherry.core.labels import MAX_LABEL, OWN
+from wherry.core.labels import LOG_URI, MAX_LABEL, OWN
 from wherry.cri import container_security
 from wherry.cri.container_spec import Making, build
 from wherry.cri.handlers import choose
@@ -35,6 +36,7 @@ from wherry.proto import cri_pb2 as cri
 if TYPE_CHECKING:
     from wherry.cri.image_store import LocalImage
     from wherry.cri.node import Node
+    from wherry.cri.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -166,7 +168,7 @@ class Maker:
         record = Container(
             id=member.id,
             image=image.references[0] if image.references else image.id,
-            labels=_labels(making),
+            labels=_labels(making, log_uri(facts, self._node.settings)),
             runtime=chosen.runtime,
             runtime_options=chosen.options,
             spec=spec,
@@ -281,6 +283,11 @@ def _log_path(folder: str, name: str) -> str:
     return path if path.startswith("/") else ""
 
 
+def log_uri(facts: MemberFacts, settings: Settings) -> str:
+    """Where the shim writes its output; without a path it can be attached to all the same."""
+    return container_logs.cri_uri(facts.log_path, settings.max_container_log_line_size)
+
+
 def _stop_signal(config: cri.ContainerConfig, settings: Mapping[str, Any]) -> str:
     """The name of the signal that ends it: the kubelet's, else the image's, else SIGTERM."""
     if config.stop_signal != cri.RUNTIME_DEFAULT:
@@ -288,14 +295,17 @@ def _stop_signal(config: cri.ContainerConfig, settings: Mapping[str, Any]) -> st
     return str(settings.get("StopSignal") or "SIGTERM")
 
 
-def _labels(making: Making) -> dict[str, str]:
-    """The image's, the kubelet's, and what the record is."""
+def _labels(making: Making, log_uri: str) -> dict[str, str]:
+    """The image's, the kubelet's, what the record is, and where other clients of the daemon find the log."""
     found = {
         str(key): str(value)
         for key, value in (making.image.get("Labels") or {}).items()
         if not str(key).startswith(_NOT_FROM_IMAGES) and len(str(key)) + len(str(value)) <= MAX_LABEL
     }
-    return {**found, **making.config.labels, KIND: "container"}
+    found |= {**making.config.labels, KIND: "container"}
+    if container_logs.cri_path_of(log_uri) and len(LOG_URI) + len(log_uri.encode()) <= MAX_LABEL:
+        found[LOG_URI] = log_uri
+    return found
 
 
 def _volumes(making: Making, folder: str) -> dict[str, str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from wherry.core.errors import NotFound, WherryError
 from wherry.cri import container_metrics, interfaces
+from wherry.cri.batches import batches
 from wherry.cri.container_figures import Figures, first, second, unpack
 from wherry.cri.records import READY, Member, Pod, chosen_by
 from wherry.linux import cgroups
@@ -63,6 +64,14 @@ class Stats:
         )
         running = [member for member in found if member.state == cri.CONTAINER_RUNNING]
         return cri.ListContainerStatsResponse(stats=await self._of_members(running))
+
+    async def stream_container_stats(
+        self, request: cri.StreamContainerStatsRequest
+    ) -> AsyncIterator[cri.StreamContainerStatsResponse]:
+        """The same, some at a time."""
+        listed = await self.list_container_stats(cri.ListContainerStatsRequest(filter=request.filter))
+        for some in batches(listed.stats):
+            yield cri.StreamContainerStatsResponse(container_stats=some)
 
     async def _of_members(self, members: Sequence[Member]) -> list[cri.ContainerStats]:
         return await self._all(members, await self.figures(members))
@@ -157,6 +166,14 @@ class Stats:
         ]
         return cri.ListPodSandboxStatsResponse(stats=await asyncio.gather(*map(self._of_pod, pods)))
 
+    async def stream_pod_sandbox_stats(
+        self, request: cri.StreamPodSandboxStatsRequest
+    ) -> AsyncIterator[cri.StreamPodSandboxStatsResponse]:
+        """The same, some at a time."""
+        listed = await self.list_pod_sandbox_stats(cri.ListPodSandboxStatsRequest(filter=request.filter))
+        for some in batches(listed.stats):
+            yield cri.StreamPodSandboxStatsResponse(pod_sandbox_stats=some)
+
     async def _of_pod(self, pod: Pod) -> cri.PodSandboxStats:
         config, now = pod.config, time.time_ns()
         members = self._node.records.members_of(pod.id)
@@ -200,6 +217,14 @@ class Stats:
         """Of the pods that are ready, and of their containers that run."""
         pods = [pod for pod in self._node.records.pods.values() if pod.facts.state == READY]
         return cri.ListPodSandboxMetricsResponse(pod_metrics=await asyncio.gather(*map(self._metrics, pods)))
+
+    async def stream_pod_sandbox_metrics(
+        self, _request: cri.StreamPodSandboxMetricsRequest
+    ) -> AsyncIterator[cri.StreamPodSandboxMetricsResponse]:
+        """The same, some at a time."""
+        listed = await self.list_pod_sandbox_metrics(cri.ListPodSandboxMetricsRequest())
+        for some in batches(listed.pod_metrics):
+            yield cri.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=some)
 
     async def _metrics(self, pod: Pod) -> cri.PodSandboxMetrics:
         now = time.time_ns()

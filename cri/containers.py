@@ -21,7 +21,6 @@ import structlog
 
 from wherry.client.fifos import discard, lone_stdin
 from wherry.client.tasks import Stdio
-from wherry.core import container_logs
 from wherry.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -32,7 +31,8 @@ from wherry.core.errors import (
 )
 from wherry.core.failpoints import reach
 from wherry.cri import container_checkpoint, container_status
-from wherry.cri.container_create import Maker
+from wherry.cri.batches import batches
+from wherry.cri.container_create import Maker, log_uri
 from wherry.cri.container_ends import Ends
 from wherry.cri.container_spec import resources
 from wherry.cri.container_stats import Stats
@@ -56,8 +56,6 @@ KILL_SECONDS = 30.0
 _NOTED = 20.0
 # seconds between the tries to delete the task of a shim that is dead
 _BURIAL = (0.05, 0.2, 0.5, 1.0, 2.0, 5.0)
-# containers in one message of a stream
-_BATCH = 100
 
 
 class Members:
@@ -70,7 +68,7 @@ class Members:
         self._maker = Maker(node)
         self._ends = Ends(node)
         self._names = Names(node)
-        self._stats = Stats(node)
+        self.stats = Stats(node)
         self._writes: set[asyncio.Task[None]] = set()
 
     async def recover(self) -> None:
@@ -155,7 +153,7 @@ class Members:
 
     def _stdio(self, member: Member) -> Stdio:
         config = member.config
-        uri = container_logs.cri_uri(member.facts.log_path, self._node.settings.max_container_log_line_size)
+        uri = log_uri(member.facts, self._node.settings)
         stdin = lone_stdin(member.id) if config.stdin else ""
         return Stdio(stdin, uri, "" if config.tty else uri, config.tty)
 
@@ -266,7 +264,7 @@ class Members:
         reach("cri.remove.forgotten")
         await self._maker.remove_folder(member)
         self._records.drop_member(member)
-        self._stats.forget(member.id)
+        self.stats.forget(member.id)
         self._names.forget({other.facts.image_id for other in self._records.members.values()})
         self._node.events.tell(member.id, cri.CONTAINER_DELETED_EVENT, member.facts.pod)
 
@@ -316,9 +314,8 @@ class Members:
     ) -> AsyncIterator[cri.StreamContainersResponse]:
         """The same, some at a time."""
         found = self._records.find_members(request.filter)
-        for at in range(0, len(found), _BATCH):
-            part = [container_status.listed(member) for member in found[at : at + _BATCH]]
-            yield cri.StreamContainersResponse(containers=part)
+        for part in batches(found):
+            yield cri.StreamContainersResponse(containers=[container_status.listed(member) for member in part])
 
     # -- changes
 
@@ -373,60 +370,6 @@ class Members:
             state = cri.ContainerState.Name(member.state)
             raise FailedPrecondition(f"container is in {state} state: failed precondition")
         return member
-
-    # -- figures
-
-    async def container_stats(self, request: cri.ContainerStatsRequest) -> cri.ContainerStatsResponse:
-        """What one uses."""
-        return await self._stats.container_stats(request)
-
-    async def list_container_stats(self, request: cri.ListContainerStatsRequest) -> cri.ListContainerStatsResponse:
-        """What those that run use."""
-        return await self._stats.list_container_stats(request)
-
-    async def pod_sandbox_stats(self, request: cri.PodSandboxStatsRequest) -> cri.PodSandboxStatsResponse:
-        """What a pod uses."""
-        return await self._stats.pod_sandbox_stats(request)
-
-    async def list_pod_sandbox_stats(self, request: cri.ListPodSandboxStatsRequest) -> cri.ListPodSandboxStatsResponse:
-        """What pods use."""
-        return await self._stats.list_pod_sandbox_stats(request)
-
-    async def list_metric_descriptors(
-        self, request: cri.ListMetricDescriptorsRequest
-    ) -> cri.ListMetricDescriptorsResponse:
-        """What `list_pod_sandbox_metrics` has."""
-        return await self._stats.list_metric_descriptors(request)
-
-    async def list_pod_sandbox_metrics(
-        self, request: cri.ListPodSandboxMetricsRequest
-    ) -> cri.ListPodSandboxMetricsResponse:
-        """Figures of pods and their containers under cAdvisor's names."""
-        return await self._stats.list_pod_sandbox_metrics(request)
-
-    async def stream_container_stats(
-        self, request: cri.StreamContainerStatsRequest
-    ) -> AsyncIterator[cri.StreamContainerStatsResponse]:
-        """`list_container_stats`, some at a time."""
-        listed = await self._stats.list_container_stats(cri.ListContainerStatsRequest(filter=request.filter))
-        for at in range(0, len(listed.stats), _BATCH):
-            yield cri.StreamContainerStatsResponse(container_stats=listed.stats[at : at + _BATCH])
-
-    async def stream_pod_sandbox_stats(
-        self, request: cri.StreamPodSandboxStatsRequest
-    ) -> AsyncIterator[cri.StreamPodSandboxStatsResponse]:
-        """`list_pod_sandbox_stats`, some at a time."""
-        listed = await self._stats.list_pod_sandbox_stats(cri.ListPodSandboxStatsRequest(filter=request.filter))
-        for at in range(0, len(listed.stats), _BATCH):
-            yield cri.StreamPodSandboxStatsResponse(pod_sandbox_stats=listed.stats[at : at + _BATCH])
-
-    async def stream_pod_sandbox_metrics(
-        self, request: cri.StreamPodSandboxMetricsRequest
-    ) -> AsyncIterator[cri.StreamPodSandboxMetricsResponse]:
-        """`list_pod_sandbox_metrics`, some at a time."""
-        listed = await self._stats.list_pod_sandbox_metrics(cri.ListPodSandboxMetricsRequest())
-        for at in range(0, len(listed.pod_metrics), _BATCH):
-            yield cri.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=listed.pod_metrics[at : at + _BATCH])
 
 
 def signal_number(text: str) -> int:

@@ -19,6 +19,7 @@ from wherry.client.unpack import unpack, unpacked
 from wherry.core import platforms
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
 from wherry.core.reference import parse
+from wherry.cri.batches import batches
 from wherry.cri.image_auth import lookup
 from wherry.cri.image_filesystems import Filesystems
 from wherry.cri.image_pull import Watch, watched
@@ -34,8 +35,6 @@ log = structlog.get_logger(__name__)
 
 # on a pod's configuration: the runtime handler that it will have, from before ImageSpec could say it
 HANDLER = "io.containerd.cri.runtime-handler"
-# images in one message of a stream
-BATCH = 100
 
 
 class Images:
@@ -126,9 +125,8 @@ class Images:
 
     async def stream_images(self, request: pb.StreamImagesRequest) -> AsyncIterator[pb.StreamImagesResponse]:
         """The same in several messages, for nodes with more images than one message may have."""
-        found = await self._listed(request.filter)
-        for start in range(0, len(found), BATCH):
-            yield pb.StreamImagesResponse(images=found[start : start + BATCH])
+        for some in batches(await self._listed(request.filter)):
+            yield pb.StreamImagesResponse(images=some)
 
     async def _listed(self, wanted: pb.ImageFilter) -> list[pb.Image]:
         if wanted.image.image:

@@ -281,49 +281,49 @@ class RuntimeService:
     # -- figures
 
     async def container_stats(self, request: cri.ContainerStatsRequest, context: Context) -> cri.ContainerStatsResponse:
-        return await (await self._ready()).members.container_stats(request)
+        return await (await self._ready()).members.stats.container_stats(request)
 
     async def list_container_stats(
         self, request: cri.ListContainerStatsRequest, context: Context
     ) -> cri.ListContainerStatsResponse:
-        return await (await self._ready()).members.list_container_stats(request)
+        return await (await self._ready()).members.stats.list_container_stats(request)
 
     async def stream_container_stats(
         self, request: cri.StreamContainerStatsRequest, context: Context
     ) -> AsyncIterator[cri.StreamContainerStatsResponse]:
-        async for part in (await self._ready()).members.stream_container_stats(request):
+        async for part in (await self._ready()).members.stats.stream_container_stats(request):
             yield part
 
     async def pod_sandbox_stats(
         self, request: cri.PodSandboxStatsRequest, context: Context
     ) -> cri.PodSandboxStatsResponse:
-        return await (await self._ready()).members.pod_sandbox_stats(request)
+        return await (await self._ready()).members.stats.pod_sandbox_stats(request)
 
     async def list_pod_sandbox_stats(
         self, request: cri.ListPodSandboxStatsRequest, context: Context
     ) -> cri.ListPodSandboxStatsResponse:
-        return await (await self._ready()).members.list_pod_sandbox_stats(request)
+        return await (await self._ready()).members.stats.list_pod_sandbox_stats(request)
 
     async def stream_pod_sandbox_stats(
         self, request: cri.StreamPodSandboxStatsRequest, context: Context
     ) -> AsyncIterator[cri.StreamPodSandboxStatsResponse]:
-        async for part in (await self._ready()).members.stream_pod_sandbox_stats(request):
+        async for part in (await self._ready()).members.stats.stream_pod_sandbox_stats(request):
             yield part
 
     async def list_metric_descriptors(
         self, request: cri.ListMetricDescriptorsRequest, context: Context
     ) -> cri.ListMetricDescriptorsResponse:
-        return await (await self._ready()).members.list_metric_descriptors(request)
+        return await (await self._ready()).members.stats.list_metric_descriptors(request)
 
     async def list_pod_sandbox_metrics(
         self, request: cri.ListPodSandboxMetricsRequest, context: Context
     ) -> cri.ListPodSandboxMetricsResponse:
-        return await (await self._ready()).members.list_pod_sandbox_metrics(request)
+        return await (await self._ready()).members.stats.list_pod_sandbox_metrics(request)
 
     async def stream_pod_sandbox_metrics(
         self, request: cri.StreamPodSandboxMetricsRequest, context: Context
     ) -> AsyncIterator[cri.StreamPodSandboxMetricsResponse]:
-        async for part in (await self._ready()).members.stream_pod_sandbox_metrics(request):
+        async for part in (await self._ready()).members.stats.stream_pod_sandbox_metrics(request):
             yield part
 
     # -- streams and logs

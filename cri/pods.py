@@ -25,6 +25,7 @@ from google.protobuf.any_pb2 import Any as Packed
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
 from wherry.core.failpoints import reach
 from wherry.cri import netns, pod_files, pod_status
+from wherry.cri.batches import batches
 from wherry.cri.container_security import has_selinux
 from wherry.cri.handlers import choose
 from wherry.cri.pause_tasks import PauseTasks
@@ -44,8 +45,6 @@ log = structlog.get_logger(__name__)
 
 # an annotation by which a pod asked for the handler `untrusted`, from before there were RuntimeClasses
 _UNTRUSTED = "io.kubernetes.cri.untrusted-workload"
-# pods in one message of a stream
-_BATCH = 100
 
 
 class Pods:
@@ -211,9 +210,8 @@ class Pods:
     ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
         """The same, in pieces."""
         found = self._chosen(request.filter)
-        for at in range(0, len(found), _BATCH):
-            piece = [pod_status.listed(pod) for pod in found[at : at + _BATCH]]
-            yield cri.StreamPodSandboxesResponse(pod_sandboxes=piece)
+        for piece in batches(found):
+            yield cri.StreamPodSandboxesResponse(pod_sandboxes=[pod_status.listed(pod) for pod in piece])
 
     async def pod_sandbox_status(self, request: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
         """What a pod is. Raises NotFound."""
