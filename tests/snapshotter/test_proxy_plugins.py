@@ -25,6 +25,8 @@ from tests.wherryd import Wherryd
 
 __all__ = ["registry"]
 PATIENCE = 30.0
+# of a containerd that nobody asks for it
+NO_COLLECTION = 'startup_delay = "1h"\n  deletion_threshold = 1000000\n  mutation_threshold = 1000000'
 
 
 class Alone:
@@ -162,7 +164,8 @@ def test_wherryd_uses_containerds(registry: str) -> None:
     """containerd's own snapshots service as the foreign one. The name goes along with each call, so it is one that
     containerd has, and ours of that name is disabled."""
     ref = image(registry)
-    containerd = Containerd()
+    # its collector knows of no one who uses the snapshots: soon after the first removal it would take them all
+    containerd = Containerd(more=f'[plugins."io.containerd.gc.v1.scheduler"]\n  {NO_COLLECTION}\n')
     try:
         containerd.start()
         with daemon(containerd.address, name="blockfile") as wherryd:
