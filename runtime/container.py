@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from wherry.runtime.checkpoint import Options
+    from wherry.runtime.entering import Entering
     from wherry.runtime.lifecycle import Starting
 
     T = TypeVar("T")
@@ -167,6 +168,7 @@ def preload() -> None:
         console,
         copyup,
         create,
+        entering,
         execute,
         hook_process,
         idmap,
@@ -185,6 +187,7 @@ def preload() -> None:
 
     cgroups.host()
     borrowed.prepare()
+    entering.prepare()
 
 
 def create(request: CreateRequest) -> int:
@@ -223,6 +226,31 @@ def exec_process(request: ExecRequest) -> int:
     from wherry.runtime import execute
 
     return execute.exec_process(request)
+
+
+def entering(request: ExecRequest) -> Entering | None:
+    """`exec_process` for a caller that must not block, and that is a subreaper: without a fork of this process.
+
+    None where the container, the process or the host is too uncommon for it, or something is wrong: then
+    `forked(exec_process, request)` does it, or says what is wrong.
+    """
+    from wherry.runtime import entering as implementation
+
+    return implementation.begin(request)
+
+
+def exec_quickly(request: ExecRequest) -> int:
+    """`exec_process`, by `entering` where that can be and else `forked`; returns the pid of a child of this process."""
+    begun = entering(request)
+    if begun is None:
+        return forked(exec_process, request)
+    try:
+        pid = begun.end(os.waitstatus_to_exitcode(os.waitpid(begun.helper, 0)[1]))
+    finally:
+        if begun.lost:
+            os.waitpid(begun.lost, 0)
+        begun.close()
+    return pid or forked(exec_process, request)
 
 
 def kill(root: str, id: str, signal: int, *, all: bool = False) -> None:  # noqa: A002

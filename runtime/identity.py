@@ -15,9 +15,10 @@ from wherry.runtime.errors import NOT_FOUND, ContainerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
-_DEFAULT_UMASK = 0o022
+DEFAULT_UMASK = 0o022
 
 
 def become(process: dict[str, Any], *, preserve_fds: int = 0) -> list[str]:
@@ -28,24 +29,25 @@ def become(process: dict[str, Any], *, preserve_fds: int = 0) -> list[str]:
     """
     user = process.get("user") or {}
     wanted = process.get("capabilities")
-    sets, unknown = _capability_sets(wanted)
+    sets, unknown = capability_sets(wanted)
     sc.close_range(3 + preserve_fds, flags=sc.CLOSE_RANGE_CLOEXEC)
     for fd in range(3, 3 + preserve_fds):
         os.set_inheritable(fd, True)
     # Without `capabilities` there are none (config.md: absent means not set), as runc has it.
     capabilities.drop_bounding(sets["bounding"])
     sc.prctl(sc.PR_SET_KEEPCAPS, 1)
-    _own_streams(user.get("uid") or 0)
+    own_streams((0, 1, 2), user.get("uid") or 0)
     set_user(user)
     sc.prctl(sc.PR_SET_KEEPCAPS, 0)
     change_directory(process["cwd"])
     capabilities.apply(sets["effective"], sets["permitted"], sets["inheritable"], sets["ambient"])
     umask = user.get("umask")
-    os.umask(_DEFAULT_UMASK if umask is None else umask)
+    os.umask(DEFAULT_UMASK if umask is None else umask)
     return unknown
 
 
-def _capability_sets(wanted: dict[str, list[str]] | None) -> tuple[dict[str, int], list[str]]:
+def capability_sets(wanted: dict[str, list[str]] | None) -> tuple[dict[str, int], list[str]]:
+    """The bits of the five sets, and the names that are unknown here."""
     sets, unknown = {}, []
     for name in ("bounding", "effective", "permitted", "inheritable", "ambient"):
         sets[name], strange = capabilities.mask((wanted or {}).get(name) or [])
@@ -53,11 +55,11 @@ def _capability_sets(wanted: dict[str, list[str]] | None) -> tuple[dict[str, int
     return sets, unknown
 
 
-def _own_streams(uid: int) -> None:
+def own_streams(fds: tuple[int, int, int], uid: int) -> None:
     """The user owns its standard streams (a log's pipe, a terminal), so that it may open /dev/stdout. Never /dev/null,
     which is everybody's; where the filesystem refuses (a read-only one, a foreign owner) it stays as it is."""
     null = os.makedev(1, 3)
-    for fd in (0, 1, 2):
+    for fd in fds:
         try:
             info = os.fstat(fd)
             if info.st_uid != uid and not (stat.S_ISCHR(info.st_mode) and info.st_rdev == null):
@@ -110,12 +112,17 @@ def home_of(uid: int) -> str:
     """The home folder that the container's /etc/passwd gives; "/" without one."""
     try:
         with open("/etc/passwd", encoding="utf-8", errors="surrogateescape") as file:
-            for line in file:
-                fields = line.rstrip("\n").split(":")
-                if len(fields) > 5 and fields[2] == str(uid):
-                    return fields[5] or "/"
+            return home_in(file, uid)
     except OSError:
-        pass
+        return "/"
+
+
+def home_in(lines: Iterable[str], uid: int) -> str:
+    """The same, of these lines of a passwd(5)."""
+    for line in lines:
+        fields = line.rstrip("\n").split(":")
+        if len(fields) > 5 and fields[2] == str(uid):
+            return fields[5] or "/"
     return "/"
 
 

@@ -68,6 +68,12 @@ def compile_filter(profile: Mapping[str, Any], cache: str | None = None) -> byte
     return program
 
 
+def kept_filter(profile: Mapping[str, Any]) -> bytes | None:
+    """`compile_filter` for who may not compile: None where the program isn't kept yet."""
+    digest = _digest(profile)
+    return _memory.get(digest) or _read(_cache_path(default_cache(), digest))
+
+
 def filter_flags(profile: Mapping[str, Any]) -> int:
     """The flags for `load_filter`. Absent ones mean SPEC_ALLOW, as with runc: no slower branches for the process.
 

@@ -125,7 +125,8 @@ def kill_error(error: errors.WherryError) -> errors.WherryError:
 
 
 class Bundled:
-    """`wherry.runtime`, in a forked child for what may take long, directly for what is a few system calls.
+    """`wherry.runtime`, in a forked child for what may take long, directly for what is a few system calls, and by a
+    child that only makes system calls where that is enough (exec).
 
     A fork of the shim costs about 2 ms (pages that are copied, a process that ends), more than all that a start or a
     delete does; they are forked only where hooks run, which may take as long as they like.
@@ -219,13 +220,34 @@ class Bundled:
             console_fd=io.console.child_fd if io.console is not None else -1,
             pid_file=f"{settings.bundle}/{exec_id}.pid",
         )
+        failed = "OCI runtime exec failed"
         try:
-            pid: int = await self._forked("OCI runtime exec failed", bundled.exec_process, request)
+            pid: int = await self._entered(request)
+        except ContainerError as error:
+            raise told_as(failed, error) from error
+        if pid:
+            return pid
+        try:
+            pid = await self._forked(failed, bundled.exec_process, request)
         except RuntimeDied:
             # nobody would know of a process that it had made already
             end_child(f"{settings.bundle}/{exec_id}.pid")
             raise
         return pid
+
+    async def _entered(self, request: bundled.ExecRequest) -> int:
+        """The process's pid; 0 where the runtime has to be forked for it (or to say what is wrong)."""
+        with self._children:
+            entering = bundled.entering(request)
+            if entering is None:
+                return 0
+            ended = await self._children.exited(entering.helper)
+            try:
+                return entering.end(ended.status)
+            finally:
+                if entering.lost:
+                    await self._children.exited(entering.lost)
+                entering.close()
 
     async def kill(self, container: str, number: int, *, everyone: bool = False) -> None:
         try:
