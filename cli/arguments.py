@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from wherry.core.errors import InvalidArgument
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_DURATION = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _SIZES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -17,9 +17,9 @@ def duration(text: str) -> float:
     """Seconds from a duration as Go writes them (`1m30s`, `500ms`) or a plain number of seconds."""
     if re.fullmatch(r"\d+(\.\d*)?", text):
         return float(text)
-    if not text or _DURATION.sub("", text):
+    if not text or re.sub(_DURATION, "", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no duration (1m30s, 500ms)")
-    return sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
+    return sum(float(number) * _UNITS[unit] for number, unit in re.findall(_DURATION, text))
 
 
 def byte_size(text: str) -> int:

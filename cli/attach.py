@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import select
-import signal
 import struct
 import time
 from collections.abc import Collection, Iterator
@@ -23,6 +22,7 @@ from wherry.cli.following import AWAY, RETRY
 from wherry.cli.terminal import raw, window
 from wherry.client.blocking import drive
 from wherry.core.errors import NotFound, Unavailable, WherryError
+from wherry.core.signals import signal
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session

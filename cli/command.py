@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.cli import startup
 from wherry.core.errors import WherryError
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session

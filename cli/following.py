@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from wherry.cli.arguments import switch
 from wherry.client.fifos import Fifos
 from wherry.client.tasks import Stdio
 from wherry.core.errors import DeadlineExceeded, NotFound, Unavailable, WherryError
+from wherry.core.signals import signal
 
 if TYPE_CHECKING:
     from wherry.cli.attach import Waiter

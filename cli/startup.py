@@ -1,20 +1,35 @@
-"""What makes the command line start fast; imported before everything else.
+"""What makes the command line start fast; imported and called before everything else.
 
-A command takes a tenth of a second from key to answer, and most of that would be imports. Modules that others import
-but hardly ever use are loaded when they are first used; and nothing is collected while imports make objects that stay.
+A command takes half of a tenth of a second from key to answer, and most of that would be imports. Modules that others
+import but hardly ever use are loaded when they are first used; modules are found on a shorter way
+(`wherry.cli.loading`); and nothing is collected while imports make objects that stay.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-from types import ModuleType
-from typing import Any
 
-# google.protobuf imports its implementation in Python beside the one in C, which is the one that works; dataclasses
-# needs `inspect` only for classes without a docstring; its times need `calendar` only as text; `hashlib` brings
-# OpenSSL, for who hashes; `selectors` serves socket's sendfile
-DEFERRED = ("google.protobuf.internal.python_message", "calendar", "inspect", "hashlib", "selectors")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+else:
+    ModuleType = type(sys)
+
+# google.protobuf imports its implementation in Python, and what that one needs, beside the one in C, which is the one
+# that works; dataclasses needs `inspect` only for classes without a docstring; its times need `calendar` only as text;
+# `hashlib` brings OpenSSL, for who hashes; `selectors` serves socket's sendfile
+DEFERRED = (
+    "google.protobuf.internal.python_message",
+    "google.protobuf.internal.python_edition_defaults",
+    "google.protobuf.descriptor_database",
+    "google.protobuf.text_encoding",
+    "calendar",
+    "inspect",
+    "hashlib",
+    "selectors",
+)
 
 
 class _Deferred(ModuleType):
@@ -35,19 +50,43 @@ class _Deferred(ModuleType):
 
 
 def prepare() -> None:
-    """Defers the modules that aren't loaded yet, and stops the garbage collector until `settle`."""
+    """Defers the modules that aren't loaded yet, and stops the garbage collector until `settle`. Once is enough."""
     gc.disable()
+    from wherry.cli import loading
+
+    loading.install()
     for name in DEFERRED:
         if name not in sys.modules:
             sys.modules[name] = _Deferred(name)
-    if "gettext" not in sys.modules:
-        sys.modules["gettext"] = _untranslated()
+    for name, made in (("gettext", _untranslated), ("threading", _locks), ("datetime", _times)):
+        if name not in sys.modules and (module := made()) is not None:
+            sys.modules[name] = module
 
 
 def _untranslated() -> ModuleType:
     """In place of `gettext`, which looks for argparse's few words in catalogues that no system has."""
     module = ModuleType("gettext")
     vars(module).update(gettext=lambda text: text, ngettext=lambda one, many, count: one if count == 1 else many)
+    return module
+
+
+def _locks() -> ModuleType:
+    """Of `threading` protobuf wants a lock; with the first thread comes the rest."""
+    import _thread
+
+    module = _Deferred("threading")
+    vars(module).update(Lock=_thread.allocate_lock, RLock=_thread.RLock)
+    return module
+
+
+def _times() -> ModuleType | None:
+    """`datetime` as it is in C, without the same once more in Python, which 3.11 loads and throws away."""
+    try:
+        import _datetime  # type: ignore[import-not-found]  # typeshed knows `datetime` alone
+    except ImportError:
+        return None
+    module = ModuleType("datetime", _datetime.__doc__)
+    vars(module).update({name: value for name, value in vars(_datetime).items() if not name.startswith("__")})
     return module
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
 
 from wherry.cli.session import Session
+from wherry.core.tuples import NamedTuple
 
 Configure = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[Session, argparse.Namespace], Awaitable[int | None]]

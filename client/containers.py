@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -13,6 +13,7 @@ from google.protobuf.empty_pb2 import Empty
 from wherry.client.transport import Calls
 from wherry.client.values import label_mask, mask, seconds
 from wherry.core import typeurl
+from wherry.core.tuples import NamedTuple
 from wherry.proto import containers_pb2 as pb
 
 _SERVICE = "containerd.services.containers.v1.Containers"

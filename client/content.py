@@ -5,13 +5,14 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Self
+from typing import Self
 
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.client.transport import Calls, Stream
 from wherry.client.values import label_mask, seconds
 from wherry.core.errors import AlreadyExists, DataLoss, Internal
+from wherry.core.tuples import NamedTuple
 from wherry.proto import content_pb2 as pb
 
 _SERVICE = "containerd.services.content.v1.Content"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -12,6 +11,7 @@ from wherry.client.transport import Calls
 from wherry.client.values import descriptor_from, descriptor_message, label_mask, mask, seconds
 from wherry.core.descriptor import Descriptor
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound
+from wherry.core.tuples import NamedTuple
 from wherry.proto import images_pb2 as pb
 
 _SERVICE = "containerd.services.images.v1.Images"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wherry.client import users
 from wherry.client.containers import Container
@@ -18,6 +18,7 @@ from wherry.client.network import NetworkOptions, extensions
 from wherry.client.spec import SpecOptions, build
 from wherry.core.errors import InvalidArgument, NotFound, Unimplemented, WherryError
 from wherry.core.labels import OWN, STOP_SIGNAL
+from wherry.core.tuples import NamedTuple
 from wherry.core.typeurl import pack
 
 if TYPE_CHECKING:

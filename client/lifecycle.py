@@ -7,14 +7,13 @@ goes) is in labels of the record; containerd's restart monitor reads the same on
 from __future__ import annotations
 
 import contextlib
-import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wherry.client.fifos import discard, lone_stdin
 from wherry.client.finding import check_free, name_of
 from wherry.client.states import State, inspect_state, label_json
 from wherry.client.tasks import Exit, Stdio
-from wherry.core import container_logs
+from wherry.core import container_logs, quickjson
 from wherry.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -130,14 +129,14 @@ async def joined(client: Client, container: Container) -> Container:
         return container
     from wherry.client.recipe import namespace_path, set_namespace
 
-    spec = json.loads(json.dumps(container.spec))
+    spec = _plain(container.spec)
     for kind, mode in modes.items():
         if kind == "userns" and str(mode).startswith("container:"):
             from wherry.client import userns
 
             # its files have the owners of the mapping with which it was made
             users = await userns.users_for(client, mode)
-            if users is not None and json.loads(json.dumps(userns.mappings(users))) != spec["linux"]["uidMappings"]:
+            if users is not None and _plain(userns.mappings(users)) != spec["linux"]["uidMappings"]:
                 raise FailedPrecondition(
                     f"container {name_of(container)}: the user namespace of {mode.partition(':')[2]} has other ids now"
                 )
@@ -146,6 +145,11 @@ async def joined(client: Client, container: Container) -> Container:
         elif str(mode).startswith("container:"):
             set_namespace(spec, kind, mode, await namespace_path(client, kind, mode))
     return await client.containers.update(container._replace(spec=spec), ["spec"])
+
+
+def _plain(value: Any) -> Any:
+    """A copy, as it would be read from JSON."""
+    return quickjson.loads(quickjson.dumps(value).encode())
 
 
 async def start_new(client: Client, container: Container, mounts: Sequence[Mount], stdio: Stdio | None = None) -> int:

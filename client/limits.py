@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from wherry.core.errors import InvalidArgument
+from wherry.core.tuples import NamedTuple
 
 # the period of the CFS quota that `--cpus` is made of: the kernel's default
 CPU_PERIOD = 100_000

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from wherry.core import platforms
+from wherry.core import platforms, quickjson
 from wherry.core.descriptor import Descriptor
 from wherry.core.digest import Digest, chain_id
 from wherry.core.errors import DataLoss, InvalidArgument, NotFound
 from wherry.core.mediatypes import is_config, is_index, is_manifest
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.client.content import Content
@@ -22,12 +23,14 @@ DEPTH = 4
 
 
 class Picture(NamedTuple):
-    """An image for one platform: its manifest, its configuration (OCI image-spec, config.md) and its layers."""
+    """An image for one platform: its manifest, its configuration (OCI image-spec, config.md), its layers, and the
+    manifest's annotations."""
 
     manifest: Descriptor
     config: Descriptor
     document: Mapping[str, Any]
     layers: tuple[Descriptor, ...]
+    annotations: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def is_image(self) -> bool:
@@ -61,7 +64,7 @@ class Picture(NamedTuple):
 async def read_json(content: Content, descriptor: Descriptor) -> dict[str, Any]:
     """A document of the content store; raises NotFound, InvalidArgument where it is no JSON object."""
     try:
-        document = json.loads(await content.blob(descriptor.digest))
+        document = quickjson.loads(await content.blob(descriptor.digest))
     except ValueError as error:
         raise InvalidArgument(f"content {descriptor.digest} is no JSON: {error}") from error
     if not isinstance(document, dict):
@@ -100,7 +103,8 @@ async def picture(content: Content, target: Descriptor, platform: Platform | Non
         if is_config(config.media_type):
             raise
         found = {}
-    return Picture(manifest, config, found, layers)
+    notes = document.get("annotations")
+    return Picture(manifest, config, found, layers, notes if isinstance(notes, dict) else {})
 
 
 async def documents(content: Content, target: Descriptor, wanted: Iterable[Platform] = ()) -> list[Document]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from wherry.client.finding import is_name
 from wherry.core.errors import InvalidArgument, NotFound
+from wherry.core.tuples import NamedTuple
 
 PROPAGATIONS = frozenset({"private", "rprivate", "shared", "rshared", "slave", "rslave"})
 # options of -v that change nothing here: SELinux labels, and caches of docker on the Mac

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -11,6 +10,7 @@ from wherry.client.transport import Calls
 from wherry.client.values import label_mask
 from wherry.core.errors import NotFound
 from wherry.core.labels import NAMESPACE_DEFAULT_SNAPSHOTTER
+from wherry.core.tuples import NamedTuple
 from wherry.proto import namespaces_pb2 as pb
 
 _SERVICE = "containerd.services.namespaces.v1.Namespaces"

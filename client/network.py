@@ -10,13 +10,14 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.client.values import seconds
 from wherry.core import typeurl
 from wherry.core.errors import InvalidArgument, NotFound, Unimplemented
+from wherry.core.tuples import NamedTuple
 from wherry.proto import network_pb2 as pb
 
 if TYPE_CHECKING:

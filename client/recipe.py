@@ -8,11 +8,10 @@ made, and the container has a name beside its id. A daemon needs nothing but the
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wherry.client import limits as limiting
 from wherry.client import mounting, security
@@ -26,7 +25,7 @@ from wherry.client.names import random_id, random_name
 from wherry.client.security import Security
 from wherry.client.spec import SpecOptions
 from wherry.client.states import label_json
-from wherry.core import container_logs
+from wherry.core import container_logs, quickjson
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, WherryError
 from wherry.core.labels import (
     AUTO_REMOVE,
@@ -43,6 +42,7 @@ from wherry.core.labels import (
     STOP_TIMEOUT,
 )
 from wherry.core.platforms import best
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -361,11 +361,11 @@ class _Kitchen:
             labels |= {RESTART_LOG_URI: labels[LOG_URI]} if LOG_URI in labels else {}
             labels |= {RESTART_STATUS: "running"} if recipe.running else {}
         if self._shown:
-            labels[MOUNTS] = json.dumps({"mounts": self._shown}, separators=(",", ":"))
+            labels[MOUNTS] = quickjson.dumps({"mounts": self._shown})
         health = recipe.health if recipe.health is not None else self._settings.get("Healthcheck")
         if health and health.get("Test") and health["Test"][0] != "NONE":
-            labels[HEALTH_CHECK] = json.dumps(health, separators=(",", ":"))
-        labels[CONFIG] = json.dumps(self._config(), separators=(",", ":"))
+            labels[HEALTH_CHECK] = quickjson.dumps(health)
+        labels[CONFIG] = quickjson.dumps(self._config())
         return labels
 
     def _config(self) -> dict[str, Any]:

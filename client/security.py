@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from wherry.client.spec import ALL_DEVICES, capability, host_devices, own_capabilities, seccomp_of
 from wherry.client.spec_defaults import capabilities
 from wherry.core.errors import InvalidArgument
+from wherry.core.tuples import NamedTuple
 
 
 class Security(NamedTuple):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncIterator, Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.client.transport import Calls
 from wherry.client.values import Mount, label_mask, seconds
+from wherry.core.tuples import NamedTuple
 from wherry.proto import snapshots_pb2 as pb
 
 _SERVICE = "containerd.services.snapshots.v1.Snapshots"

@@ -6,16 +6,16 @@ too (a later one wins). Nothing here talks to a daemon.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from wherry.client.spec_defaults import PATH, capabilities, default_spec
-from wherry.core import places
+from wherry.core import places, quickjson
 from wherry.core.errors import InvalidArgument
+from wherry.core.tuples import NamedTuple
 
 # the period of the CFS quota that `--cpus` is made of, in microseconds: the kernel's default
 CPU_PERIOD = 100_000
@@ -151,7 +151,7 @@ def seccomp_of(path: str, bounding: Sequence[str]) -> dict[str, Any]:
         return dict(default_profile(bounding))
     try:
         with open(path, "rb") as file:
-            profile = json.load(file)
+            profile = quickjson.loads(file.read())
     except OSError as error:
         raise InvalidArgument(f"can't read the seccomp profile {path}: {error.strerror}") from error
     except ValueError as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wherry.core.errors import NotFound
 from wherry.core.labels import HEALTH, LAST_RUN, RESTART_COUNT, RESTART_POLICY, RESTART_STATUS
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.client.api import Client

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from wherry.client.transport import BlockingPending, Calls, Pending
 from wherry.client.values import Mount, descriptor_from, descriptor_message, seconds
 from wherry.core import typeurl
+from wherry.core.tuples import NamedTuple
 from wherry.proto import task_types_pb2
 from wherry.proto import tasks_pb2 as pb
 

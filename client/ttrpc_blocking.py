@@ -21,7 +21,7 @@ from wherry.proto.ttrpc import sockets
 from wherry.proto.ttrpc.frames import REMOTE_CLOSED, REMOTE_OPEN, Answer, ClientConnection, Payload
 
 if TYPE_CHECKING:
-    import socket
+    from _socket import socket
 
 R = TypeVar("R", bound=Message)
 # bytes read at once: one full frame of content and a bit
@@ -38,7 +38,7 @@ def _decode(kind: type[R], data: bytes) -> R:
 class _Connection:
     """The socket and what came over it for each stream."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket) -> None:
         self.socket = sock
         self.protocol = ClientConnection()
         self.inbox: dict[int, deque[Answer | Payload]] = {}
@@ -257,7 +257,7 @@ class BlockingTtrpcTransport:
     def connect(self) -> None:
         """Connects, where it isn't connected; raises Unavailable."""
         if self._open is None or self._open.lost is not None:
-            sock = sockets.connect(self.path, self._timeout)
+            sock = sockets.connect_plain(self.path, self._timeout)
             sock.setblocking(False)
             self._open = _Connection(sock)
 

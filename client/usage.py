@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.core import typeurl
+from wherry.core.tuples import NamedTuple
 from wherry.proto import cgroups_v1_pb2, cgroups_v2_pb2
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from wherry.client.values import Mount
 from wherry.core.errors import InvalidArgument
+from wherry.core.tuples import NamedTuple
 
 # larger than any real one; what an image brings isn't trusted to be small
 MAX_FILE = 4 << 20

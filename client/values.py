@@ -6,11 +6,12 @@ Times are `float` seconds since the epoch, 0.0 where a message has none.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from wherry.core.tuples import NamedTuple
 from wherry.proto import types_pb2
 
 if TYPE_CHECKING:

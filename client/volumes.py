@@ -5,13 +5,14 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.client.transport import Calls
 from wherry.client.values import seconds
 from wherry.core.errors import Unimplemented
+from wherry.core.tuples import NamedTuple
 from wherry.proto import volumes_pb2 as pb
 
 if TYPE_CHECKING:

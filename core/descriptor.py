@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from wherry.core.digest import Digest
 from wherry.core.errors import InvalidArgument
 from wherry.core.platforms import Platform
+from wherry.core.tuples import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
-    """One descriptor. `size` is in bytes; `data` is the content itself where it was embedded."""
+class Descriptor(NamedTuple):
+    """One descriptor. `size` is in bytes; `data` is the content itself where it was embedded.
+
+    Two are the same where type, digest and size are: what else is there is said about the content, not part of it.
+    """
 
     media_type: str
     digest: Digest
     size: int
-    annotations: Mapping[str, str] = field(default_factory=dict, compare=False)
-    platform: Platform | None = field(default=None, compare=False)
-    urls: tuple[str, ...] = field(default=(), compare=False)
-    artifact_type: str = field(default="", compare=False)
-    data: bytes | None = field(default=None, compare=False, repr=False)
+    annotations: Mapping[str, str] = MappingProxyType({})
+    platform: Platform | None = None
+    urls: tuple[str, ...] = ()
+    artifact_type: str = ""
+    data: bytes | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self[:3]) == tuple(other[:3]) if isinstance(other, Descriptor) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:3])
 
     @classmethod
     def from_json(cls, value: object, where: str = "descriptor") -> Descriptor:
@@ -59,7 +70,7 @@ class Descriptor:
         if self.annotations:
             out["annotations"] = dict(self.annotations)
         if self.data is not None:
-            out["data"] = base64.b64encode(self.data).decode()
+            out["data"] = binascii.b2a_base64(self.data, newline=False).decode()
         if self.platform is not None:
             out["platform"] = self.platform.to_json()
         if self.artifact_type:
@@ -68,7 +79,7 @@ class Descriptor:
 
     def with_annotations(self, annotations: Mapping[str, str]) -> Descriptor:
         """The same descriptor with these annotations added."""
-        return replace(self, annotations={**self.annotations, **annotations})
+        return self._replace(annotations={**self.annotations, **annotations})
 
 
 def _strings(value: object, where: str) -> Mapping[str, str]:
@@ -83,6 +94,6 @@ def _data(value: object, where: str) -> bytes | None:
     if not isinstance(value, str):
         return None
     try:
-        return base64.b64decode(value, validate=True)
-    except binascii.Error as error:
+        return binascii.a2b_base64(value, strict_mode=True)
+    except ValueError as error:
         raise InvalidArgument(f"{where}: data is not base64: invalid argument") from error

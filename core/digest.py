@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 # the algorithms that OCI registers, with the length of their hex form
 ALGORITHMS = {"sha256": 64, "sha384": 96, "sha512": 128}
-_SHAPE = re.compile(r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[a-zA-Z0-9=_-]+")
-_HEX = re.compile(r"[a-f0-9]+")
+# compiled when they are used: commands do without
+_SHAPE = r"[a-z0-9]+(?:[.+_-][a-z0-9]+)*:[a-zA-Z0-9=_-]+"
+_HEX = "0123456789abcdef"
 
 
 class Digest(str):
@@ -29,17 +30,17 @@ class Digest(str):
         """Check a digest from outside. Raises InvalidArgument with go-digest's texts."""
         if type(text) is Digest:
             return text
-        if not _SHAPE.fullmatch(text):
-            raise InvalidArgument(f"invalid checksum digest format: {quote(text[:200])}: invalid argument")
         algorithm, _, encoded = text.partition(":")
         length = ALGORITHMS.get(algorithm)
+        if len(encoded) == length and not encoded.strip(_HEX):
+            return cls(text)
+        if not re.fullmatch(_SHAPE, text):
+            raise InvalidArgument(f"invalid checksum digest format: {quote(text[:200])}: invalid argument")
         if length is None:
             raise InvalidArgument(f"unsupported digest algorithm: {quote(text[:200])}: invalid argument")
         if len(encoded) != length:
             raise InvalidArgument(f"invalid checksum digest length: {quote(text[:200])}: invalid argument")
-        if not _HEX.fullmatch(encoded):
-            raise InvalidArgument(f"invalid checksum digest format: {quote(text[:200])}: invalid argument")
-        return cls(text)
+        raise InvalidArgument(f"invalid checksum digest format: {quote(text[:200])}: invalid argument")
 
     @classmethod
     def of(cls, data: bytes | bytearray | memoryview, algorithm: str = "sha256") -> Digest:

@@ -12,8 +12,8 @@ from wherry.core.errors import FailedPrecondition, InvalidArgument
 
 MAX_IDENTIFIER = 76
 _PATTERN = r"^[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*$"
-# fullmatch: Python's `$` would also match before a last newline
-_IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+# fullmatch: Python's `$` would also match before a last newline. (Compiled when it is used: commands do without.)
+_IDENTIFIER = r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*"
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
@@ -47,7 +47,7 @@ def check_identifier(kind: str, value: str) -> str:
             f"{lead}identifier {quote(value)} greater than maximum length ({MAX_IDENTIFIER} characters): "
             "invalid argument"
         )
-    if not _IDENTIFIER.fullmatch(value):
+    if not re.fullmatch(_IDENTIFIER, value):
         raise InvalidArgument(f"{lead}identifier {quote(value)} must match {_PATTERN}: invalid argument")
     return value
 

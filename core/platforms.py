@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from wherry.core.errors import InvalidArgument
 from wherry.core.names import quote
+from wherry.core.tuples import NamedTuple
 
-_COMPONENT = re.compile(r"[A-Za-z0-9_.-]+")
-_OS = re.compile(r"([A-Za-z0-9_-]+)(?:\(([A-Za-z0-9_.%-]*)((?:\+[A-Za-z0-9_.%-]+)*)\))?")
+# compiled when they are used: commands do without
+_COMPONENT = r"[A-Za-z0-9_.-]+"
+_OS = r"([A-Za-z0-9_-]+)(?:\(([A-Za-z0-9_.%-]*)((?:\+[A-Za-z0-9_.%-]+)*)\))?"
 _SYSTEM_NAMES = """
     aix android darwin dragonfly freebsd hurd illumos ios js linux nacl netbsd openbsd plan9 solaris windows zos
 """
@@ -29,8 +30,7 @@ _SYSTEMS = frozenset(_SYSTEM_NAMES.split())
 _ARCHITECTURES = frozenset(_ARCHITECTURE_NAMES.split())
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
+class Platform(NamedTuple):
     """A platform in the spelling of GOOS and GOARCH; "" where a part isn't given."""
 
     os: str = ""
@@ -73,8 +73,7 @@ class Platform:
 def normalize(platform: Platform) -> Platform:
     """The same platform under its usual names (`x86_64` is `amd64`, `aarch64` is `arm64` without a variant)."""
     architecture, variant = _normalize_architecture(platform.architecture, platform.variant)
-    return replace(
-        platform,
+    return platform._replace(
         os=_normalize_os(platform.os),
         architecture=architecture,
         variant=variant,
@@ -90,17 +89,17 @@ def parse(specifier: str) -> Platform:
     from urllib.parse import unquote  # noqa: PLC0415
 
     parts = specifier.split("/", 3)
-    match = _OS.fullmatch(parts[0])
+    match = re.fullmatch(_OS, parts[0])
     if match is None:
         raise InvalidArgument(
             f"{quote(parts[0])} is an invalid OS component of {quote(specifier)}: "
-            f'OSAndVersion specifier component must match "^{_OS.pattern}$": invalid argument'
+            f'OSAndVersion specifier component must match "^{_OS}$": invalid argument'
         )
     for part in parts[1:]:
-        if not _COMPONENT.fullmatch(part):
+        if not re.fullmatch(_COMPONENT, part):
             raise InvalidArgument(
                 f"{quote(part)} is an invalid component of {quote(specifier)}: "
-                f'platform specifier component must match "^{_COMPONENT.pattern}$": invalid argument'
+                f'platform specifier component must match "^{_COMPONENT}$": invalid argument'
             )
     features = match[3] or ""
     base = Platform(
@@ -117,14 +116,14 @@ def parse(specifier: str) -> Platform:
         variant = ""
     if architecture == "arm64" and not variant and len(parts) == 3:
         variant = "v8"
-    return replace(base, architecture=architecture, variant=variant)
+    return base._replace(architecture=architecture, variant=variant)
 
 
 def _complete(specifier: str, base: Platform) -> Platform:
     """A specifier of one word: an operating system, or else an architecture."""
     if base.os in _SYSTEMS:
         here = host()
-        return replace(base, architecture=here.architecture, variant="" if here.variant == "v7" else here.variant)
+        return base._replace(architecture=here.architecture, variant="" if here.variant == "v7" else here.variant)
     architecture, variant = _normalize_architecture(specifier, "")
     if architecture not in _ARCHITECTURES:
         raise InvalidArgument(f"{quote(specifier)}: unknown operating system or architecture: invalid argument")
@@ -149,13 +148,13 @@ def runs_on(platform: Platform) -> list[Platform]:
     architecture, variant = platform.architecture, platform.variant
     if architecture == "amd64":
         number = _number(variant)
-        fitting += [replace(platform, variant=f"v{n}" if n > 1 else "") for n in range(number - 1, 0, -1)]
-        fitting.append(replace(platform, architecture="386", variant=""))
+        fitting += [platform._replace(variant=f"v{n}" if n > 1 else "") for n in range(number - 1, 0, -1)]
+        fitting.append(platform._replace(architecture="386", variant=""))
     elif architecture == "arm":
-        fitting += [replace(platform, variant=f"v{n}") for n in range(_number(variant or "v7") - 1, 4, -1)]
+        fitting += [platform._replace(variant=f"v{n}") for n in range(_number(variant or "v7") - 1, 4, -1)]
     elif architecture == "arm64":
         fitting += _arm64(platform, variant or "v8")
-        fitting += [replace(platform, architecture="arm", variant=f"v{n}") for n in range(8, 4, -1)]
+        fitting += [platform._replace(architecture="arm", variant=f"v{n}") for n in range(8, 4, -1)]
     return fitting
 
 
@@ -170,7 +169,7 @@ def _arm64(platform: Platform, variant: str) -> list[Platform]:
         names.append(f"v8.{low}")
     if high in {8, 9}:
         names += [f"v8.{n}" if n else "" for n in range(low - 1, -1, -1)]
-    return [replace(platform, variant=name) for name in names]
+    return [platform._replace(variant=name) for name in names]
 
 
 def matches(wanted: Platform, have: Platform) -> bool:

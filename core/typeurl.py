@@ -6,7 +6,6 @@ readers accept both.
 
 from __future__ import annotations
 
-import json
 from typing import Any as Anything
 from typing import TypeVar
 
@@ -14,6 +13,7 @@ from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
 
+from wherry.core import quickjson
 from wherry.core.errors import InvalidArgument, NotFound
 from wherry.core.names import quote
 
@@ -73,7 +73,7 @@ def _parse(packed: Any, kind: type[T]) -> T:
 
 def pack_json(url: str, value: object) -> Any:
     """Pack a value as JSON under a type URL such as `SPEC`."""
-    return Any(type_url=url, value=json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode())
+    return Any(type_url=url, value=quickjson.dumps(value).encode())
 
 
 def unpack_json(packed: Any, url: str | None = None) -> Anything:
@@ -81,6 +81,6 @@ def unpack_json(packed: Any, url: str | None = None) -> Anything:
     if url is not None and packed.type_url != url:
         raise InvalidArgument(f"can't unmarshal type {quote(packed.type_url)} to output {quote(url)}: invalid argument")
     try:
-        return json.loads(packed.value)
+        return quickjson.loads(packed.value)
     except ValueError as error:
         raise InvalidArgument(f"value of {packed.type_url} is not JSON: {error}: invalid argument") from error

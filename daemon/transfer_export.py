@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 from wherry.core import mediatypes, reference
 from wherry.core.descriptor import Descriptor
@@ -96,4 +95,4 @@ def _named(name: str, target: Descriptor) -> Descriptor:
         tag = reference.parse(name).tag or name
     except WherryError:
         tag = name
-    return replace(target, annotations={**target.annotations, NAME: name, REF_NAME: tag})
+    return target._replace(annotations={**target.annotations, NAME: name, REF_NAME: tag})

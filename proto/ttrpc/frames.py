@@ -14,11 +14,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from wherry.core.errors import Code, InvalidArgument, ResourceExhausted, WherryError
+from wherry.core.tuples import NamedTuple
 from wherry.proto import ttrpc_pb2
 
 HEADER_LENGTH = 10

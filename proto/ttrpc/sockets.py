@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
-from collections.abc import Callable
 
 from wherry.core.errors import AlreadyExists, Unavailable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    S = TypeVar("S", bound=socket.SocketType)
 
 # sun_path of unix(7), without the closing zero byte
 MAX_PATH = 107
@@ -23,6 +29,8 @@ def bind(path: str, mode: int = 0o600, *, replace: bool = False) -> socket.socke
     umask (the process's, for all threads) nor a moment without protection is needed. `replace` removes a socket that is
     there and that nobody listens on. Raises AlreadyExists where somebody listens (or a file is there), OSError.
     """
+    import socket  # noqa: PLC0415 - see connect_plain
+
     if replace:
         _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -44,7 +52,19 @@ def bind(path: str, mode: int = 0o600, *, replace: bool = False) -> socket.socke
 
 def connect(path: str, timeout: float | None = None) -> socket.socket:
     """A connected, blocking socket with this timeout in seconds. Raises Unavailable where nobody listens."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    import socket  # noqa: PLC0415 - see connect_plain
+
+    return _connected(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC), path, timeout)
+
+
+def connect_plain(path: str, timeout: float | None = None) -> socket.SocketType:
+    """As `connect`, for the command line: the type in C, without the module that makes enums of hundreds of numbers."""
+    import _socket  # noqa: PLC0415
+
+    return _connected(_socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC), path, timeout)
+
+
+def _connected(sock: S, path: str, timeout: float | None) -> S:
     sock.settimeout(timeout)
     try:
         _at(path, sock.connect)
