@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument
-from wherry.cri.container_security import relabel
+from wherry.cri.selinux import relabel
 from wherry.linux.mounts import mountinfo
 from wherry.proto import cri_pb2 as cri
 

@@ -6,8 +6,6 @@ can't do (AppArmor, SELinux) is refused where it is asked for by name, and left 
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +21,7 @@ if TYPE_CHECKING:
     from wherry.cri.settings import Handler, Settings
 
 _LOCALHOST = "localhost/"
-_SELINUX = "/sys/fs/selinux/enforce"
-_LEVEL = re.compile(r"s\d{1,2}(-s\d{1,2})?(:c\d{1,4}(\.c\d{1,4})?(,c\d{1,4}(\.c\d{1,4})?)*)?")
 _MAX_ID = (1 << 32) - 1
-
-
-def has_selinux() -> bool:
-    """Whether the kernel has SELinux and a policy is loaded."""
-    return os.path.exists(_SELINUX)
 
 
 # -- who
@@ -216,41 +207,3 @@ def _apparmor(process: dict[str, Any], context: cri.LinuxContainerSecurityContex
         process["apparmorProfile"] = wanted
     elif kind:  # where nothing was asked for, a profile that nobody loaded is none
         raise NotFound(f"apparmor profile not found {wanted}: not found")
-
-
-# -- SELinux
-
-
-def selinux_labels(options: cri.SELinuxOption | None, pod: str, settings: Settings) -> tuple[str, str]:
-    """The labels of a container's processes and of its files; "" where SELinux is off. `pod` is the pod's.
-
-    Raises InvalidArgument for a level that is none.
-    """
-    if options is not None and options.level and _LEVEL.fullmatch(options.level) is None:
-        raise InvalidArgument(f"the format of 'level' {options.level!r} is not correct: invalid argument")
-    if not settings.enable_selinux or not has_selinux():
-        return "", ""
-    if options is None or not (options.user or options.role or options.type or options.level):
-        return (pod, file_label(pod)) if pod else ("", "")
-    mine = [options.user or "system_u", options.role or "system_r", options.type or "container_t"]
-    level = options.level or (":".join(pod.split(":")[3:]) if pod else "s0")
-    label = ":".join([*mine, level])
-    return label, file_label(label)
-
-
-def file_label(process: str) -> str:
-    """The label of the files that a process with this label may use."""
-    parts = process.split(":")
-    return ":".join([parts[0], "object_r", "container_file_t", *parts[3:]])
-
-
-def relabel(path: str, label: str) -> None:
-    """Give a tree of the host a label, where its file system has labels."""
-    encoded = label.encode() + b"\0"
-    for folder, _, names in os.walk(path):
-        for entry in ("", *names):
-            try:
-                os.setxattr(os.path.join(folder, entry), "security.selinux", encoded, follow_symlinks=False)
-            except OSError:
-                if not entry:
-                    return  # a file system without labels

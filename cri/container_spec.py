@@ -19,7 +19,7 @@ from wherry.client.spec import merge_env
 from wherry.client.spec_defaults import PATH, default_spec
 from wherry.client.users import ROOT, User
 from wherry.core.errors import FailedPrecondition, InvalidArgument
-from wherry.cri import container_mounts, container_security
+from wherry.cri import container_mounts, container_security, selinux
 from wherry.cri.records import NAMESPACE, Pod
 from wherry.cri.settings import Handler, Settings
 from wherry.proto import cri_pb2 as cri
@@ -146,7 +146,7 @@ def arguments(config: cri.ContainerConfig, image: Mapping[str, Any]) -> list[str
 def _mounts(spec: dict[str, Any], making: Making) -> None:
     context, settings, linux = making.context, making.settings, spec["linux"]
     options = context.selinux_options if context.HasField("selinux_options") else None
-    process, mount = container_security.selinux_labels(options, making.pod.facts.selinux, settings)
+    process, mount = selinux.container_labels(options, making.pod.facts.selinux, settings)
     if process and not context.privileged:
         spec["process"]["selinuxLabel"], linux["mountLabel"] = process, mount
     spec["mounts"] = container_mounts.defaults(spec)

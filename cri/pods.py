@@ -26,15 +26,14 @@ from wherry.core.errors import InvalidArgument, NotFound, WherryError
 from wherry.core.failpoints import reach
 from wherry.cri import netns, pod_files, pod_status
 from wherry.cri.batches import batches
-from wherry.cri.container_security import has_selinux
 from wherry.cri.handlers import choose
 from wherry.cri.pause_tasks import PauseTasks
-from wherry.cri.pod_label import label
 from wherry.cri.pod_making import Making
 from wherry.cri.pod_network import PodNetwork
 from wherry.cri.pod_spec import user_mappings
 from wherry.cri.records import MAKING, NOT_READY, READY, Pod, PodFacts, pod_name
 from wherry.cri.sandboxes import Sandboxes
+from wherry.cri.selinux import has_selinux, pod_label
 from wherry.cri.settings import UNTRUSTED
 from wherry.proto import cri_pb2 as cri
 
@@ -88,7 +87,7 @@ class Pods:
         if self._node.settings.enable_selinux and has_selinux():
             taken = [other.facts.selinux for other in self._records.pods.values()]
             options = config.linux.security_context.selinux_options
-            facts.selinux = label(options, taken, self._node.settings.selinux_category_range)
+            facts.selinux = pod_label(options, taken, self._node.settings.selinux_category_range)
         pod = Pod(secrets.token_hex(32), config, facts)
         self._records.reserve_pod(facts.name, pod.id)
         self._unborn.add(pod.id)

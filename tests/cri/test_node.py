@@ -17,9 +17,8 @@ from tests import busybox
 from tests.cri.kubelet import NAMESPACE, ContainerdLab, Kubelet, WherryLab, closing, refused
 from tests.peers import need
 from tests.wherryd import Wherryd
-from wherry.core.errors import InvalidArgument, ResourceExhausted
+from wherry.core.errors import InvalidArgument
 from wherry.cri.conf_template import render, values
-from wherry.cri.pod_label import label
 from wherry.daemon import config as configuration
 from wherry.daemon.version import VERSION
 from wherry.proto import cri_pb2 as cri
@@ -133,19 +132,6 @@ def test_templates() -> None:
     ):
         with pytest.raises(InvalidArgument, match="t:"):
             render(wrong, known, "t")
-
-
-def test_labels_of_pods() -> None:
-    """SELinux: what a pod says counts, the rest is the default; categories are drawn until they are nobody else's."""
-    taken: list[str] = []
-    for _ in range(45):  # of 10 categories there are 45 pairs
-        taken.append(label(cri.SELinuxOption(), taken, 10))
-    assert len(set(taken)) == 45
-    assert all(re.fullmatch(r"system_u:system_r:container_t:s0:c\d,c\d", each) for each in taken)
-    with pytest.raises(ResourceExhausted):
-        label(cri.SELinuxOption(), taken, 10)
-    said = cri.SELinuxOption(user="u", type="spc_t", level="s0:c9,c10")
-    assert label(said, taken, 10) == "u:system_r:spc_t:s0:c9,c10"
 
 
 def test_who_it_is(each_lab: WherryLab | ContainerdLab) -> None:

@@ -230,22 +230,6 @@ def test_apparmor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert profile(apparmor=local) == profile(apparmor_profile="localhost/mine") == "mine"
 
 
-def test_selinux_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = container_security.selinux_labels
-    on = Settings(enable_selinux=True)
-    monkeypatch.setattr(container_security, "has_selinux", lambda: True)
-    level = cri.SELinuxOption(level="s0:c1,c2")
-    assert labels(level, "", on) == (
-        "system_u:system_r:container_t:s0:c1,c2",
-        "system_u:object_r:container_file_t:s0:c1,c2",
-    )
-    pod = "system_u:system_r:container_t:s0:c3,c4"
-    assert labels(None, pod, on) == (pod, "system_u:object_r:container_file_t:s0:c3,c4")
-    assert labels(level, pod, Settings()) == ("", "")
-    with pytest.raises(InvalidArgument, match="the format of 'level'"):
-        labels(cri.SELinuxOption(level="high"), "", Settings())
-
-
 # -- privileged, masks
 
 
