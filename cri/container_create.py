@@ -27,7 +27,8 @@ from wherry.core import container_logs
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry.core.failpoints import reach
 from wherry.core.labels import LOG_URI, MAX_LABEL, OWN
-from wherry.cri import container_security
+from wherry.cri import container_restore, container_security
+from wherry.cri.container_restore import Restored
 from wherry.cri.container_spec import Making, build
 from wherry.cri.handlers import choose
 from wherry.cri.records import KIND, NAMESPACE, READY, Member, MemberFacts, Pod, member_name
@@ -44,6 +45,8 @@ log = structlog.get_logger(__name__)
 _NOT_FROM_IMAGES = (OWN, "containerd.io/restart.")
 # users that were looked up, by image and what was asked; an image's files don't change
 _USERS_KEPT = 512
+# in a record's facts: it is to be started from a checkpoint
+RESTORED = "restored"
 # in a record's facts: its specification isn't the container's yet
 _HALF = "half"
 # the label that has a snapshot's owners mapped: wherry.snapshotter.remap reads it
@@ -79,9 +82,14 @@ class Maker:
             raise
 
     async def _create(self, identity: str, name: str, pod: Pod, config: cri.ContainerConfig) -> Member:
-        image = await self._image(config)
         handler = choose(self._node.settings, pod.facts.handler).handler
         snapshotter = pod.facts.snapshotter or handler.snapshotter or self._node.settings.default_snapshotter
+        image, restored = None, None
+        if not config.image.image.startswith("/"):
+            image = await self._image(config)
+        if image is None or container_restore.is_checkpoint(image):
+            restored = await self._restored(identity, config, image, snapshotter)
+            config, image = restored.config, restored.image
         member = Member(identity, config)
         member.facts = MemberFacts(
             name=name,
@@ -94,6 +102,7 @@ class Maker:
             log_path=_log_path(pod.config.log_directory, config.log_path),
             snapshotter=snapshotter,
             snapshot=identity,
+            more={RESTORED: True} if restored else {},
         )
         making = Making(
             id=identity,
@@ -107,12 +116,23 @@ class Maker:
             target_pid=self._target(pod, config),
         )
         try:
-            await self._record(member, making, image)
+            await self._record(member, making, image, restored)
         except BaseException:
             await asyncio.shield(self.take_back(member))
             raise
         self._node.records.add_member(member)
         return member
+
+    async def _restored(
+        self, identity: str, config: cri.ContainerConfig, held: LocalImage | None, snapshotter: str
+    ) -> Restored:
+        """A checkpoint that was asked for in place of an image."""
+        folder = self.restored(identity)
+        try:
+            return await container_restore.unpacked(self._node, config, held, snapshotter, folder)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, self.folder(identity), ignore_errors=True)
+            raise
 
     async def _image(self, config: cri.ContainerConfig) -> LocalImage:
         try:
@@ -151,7 +171,7 @@ class Maker:
             raise FailedPrecondition(f'container "{target.id}" (target) is not running: failed precondition')
         return target.facts.pid
 
-    async def _record(self, member: Member, making: Making, image: LocalImage) -> None:
+    async def _record(self, member: Member, making: Making, image: LocalImage, restored: Restored | None) -> None:
         """The record, the snapshot, and what depends on the image's files."""
         client, pod = self._node.client, making.pod
         facts = member.facts
@@ -161,7 +181,7 @@ class Maker:
         ignored = self._node.settings.ignore_image_defined_volumes
         declared = {} if ignored else _volumes(making, self.folder(member.id))
         # without the image's files the specification isn't complete, and the record goes first all the same
-        final = known is not None and not declared
+        final = known is not None and not declared and restored is None
         facts.more[_HALF] = not final
         chosen = choose(self._node.settings, pod.facts.handler)
         spec = await _built(making) if final else default_spec(NAMESPACE, member.id)
@@ -184,12 +204,18 @@ class Maker:
         member.transient["mounts"] = mounts
         if final:
             return
+        if restored is not None:
+            await container_restore.apply(client, restored, mounts, member.id)
         user = known or container_security.user(making.context, making.image, users.reader(mounts))
         self._keep_user(key, user)
         extra = [await self._volume(member, place, source, mounts) for place, source in declared.items()]
         making = replace(making, user=user, mounts=tuple(extra))
+        spec = await _built(making)
+        if restored is not None:
+            container_restore.check_mounts(restored, spec)
+            await asyncio.to_thread(container_restore.keep_log, restored.folder, facts.log_path)
         del facts.more[_HALF]
-        record = record._replace(spec=await _built(making), extensions=self._noted(member, making))
+        record = record._replace(spec=spec, extensions=self._noted(member, making))
         await client.containers.update(record, ["spec", "extensions"])
 
     def _noted(self, member: Member, making: Making) -> Mapping[str, Any]:
@@ -264,6 +290,10 @@ class Maker:
         path = self.folder(member.id)
         if os.access(path, os.F_OK):  # a look into the kernel's cache, and mostly nothing more
             await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
+    def restored(self, identity: str) -> str:
+        """Where the checkpoint lies that a container is to be started from."""
+        return os.path.join(self.folder(identity), "restore")
 
     def folder(self, identity: str) -> str:
         """Where a container keeps what is to last; most have nothing there."""

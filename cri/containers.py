@@ -30,19 +30,22 @@ from wherry.core.errors import (
     WherryError,
 )
 from wherry.core.failpoints import reach
-from wherry.cri import container_checkpoint, container_status
+from wherry.cri import container_checkpoint, container_restore, container_status
 from wherry.cri.batches import batches
-from wherry.cri.container_create import Maker, log_uri
+from wherry.cri.container_create import RESTORED, Maker, log_uri
 from wherry.cri.container_ends import Ends
 from wherry.cri.container_spec import resources
 from wherry.cri.container_stats import Stats
 from wherry.cri.container_status import START_ERROR, START_EXIT_CODE, Names
 from wherry.cri.exec_sync import exec_sync
 from wherry.cri.exec_sync import folder as exec_folder
+from wherry.cri.handlers import choose
 from wherry.cri.records import READY, Member, Pod
 from wherry.proto import cri_pb2 as cri
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from wherry.client.values import Mount
     from wherry.cri.node import Node
 
@@ -133,11 +136,11 @@ class Members:
             mounts = await self._client.snapshots(facts.snapshotter).mounts(facts.snapshot)
         stdio = self._stdio(member)
         try:
-            pid = await tasks.create(member.id, mounts, stdio)
+            pid = await tasks.create(member.id, mounts, stdio, options=self._restoring(member))
             reach("cri.start.created")
             started = time.time_ns()  # before it runs: it may have ended when the answer is here
             try:
-                await tasks.start(member.id)
+                pid = await tasks.start(member.id) or pid  # one that is restored has none before
             except BaseException:
                 with contextlib.suppress(WherryError):
                     await self._client.tidying().tasks.delete(member.id)
@@ -148,8 +151,18 @@ class Members:
             raise
         reach("cri.start.started")
         facts.pid, facts.started_at = pid, started
+        if facts.more.pop(RESTORED, None):
+            await asyncio.to_thread(shutil.rmtree, self._maker.restored(member.id), ignore_errors=True)
         # the task says the same: a daemon that is killed before this is written finds out by it
         self._write(member)
+
+    def _restoring(self, member: Member) -> Message | None:
+        """The runtime's options, where a container is made from a checkpoint."""
+        if not member.facts.more.get(RESTORED):
+            return None
+        handler = self._records.pod(member.facts.pod).facts.handler
+        own = choose(self._node.settings, handler).options
+        return container_restore.options(own, self._maker.restored(member.id))
 
     def _stdio(self, member: Member) -> Stdio:
         config = member.config
@@ -357,7 +370,9 @@ class Members:
     async def checkpoint_container(self, request: cri.CheckpointContainerRequest) -> cri.CheckpointContainerResponse:
         """Write a container's state into an archive; it runs on."""
         member = self._running(request.container_id)
-        await container_checkpoint.checkpoint(self._node, member, request.location, request.timeout)
+        await self._names.refresh(member)
+        shown = self.status_of(member)
+        await container_checkpoint.checkpoint(self._node, member, shown, request.location, request.timeout)
         return cri.CheckpointContainerResponse()
 
     async def exec_sync(self, request: cri.ExecSyncRequest) -> cri.ExecSyncResponse:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from wherry.client.images import Image
-from wherry.client.manifests import Picture, picture
+from wherry.client.manifests import Picture, picture, read_json
 from wherry.core.errors import AlreadyExists, InvalidArgument, NotFound, WherryError
 from wherry.core.reference import parse
 from wherry.cri.image_settings import ImageSettings, complete
@@ -149,6 +149,10 @@ class ImageIndex:
             parts = await picture(self._client.content, target)
             if not parts.is_image:
                 raise InvalidArgument(f"{target.digest} is an artifact, no image of a file system")
+            if target.digest != parts.manifest.digest:
+                # an index has annotations, too
+                more = (await read_json(self._client.content, target)).get("annotations")
+                parts = parts._replace(annotations={**(more if isinstance(more, dict) else {}), **parts.annotations})
             sizes = {item.digest: item.size for item in (target, parts.manifest, parts.config, *parts.layers)}
             known = self._known[target.digest] = (str(parts.config.digest), parts, sum(sizes.values()))
         return known
