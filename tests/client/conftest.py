@@ -44,6 +44,12 @@ def address(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         daemon.close()
 
 
+@pytest.fixture
+def ours(request: pytest.FixtureRequest, address: str) -> bool:
+    """Whether it is wherryd that is driven, not the reference."""
+    return bool(request.node.callspec.params["address"] == "wherryd")
+
+
 @pytest_asyncio.fixture
 async def client(address: str) -> AsyncIterator[Client]:
     """A client over gRPC."""

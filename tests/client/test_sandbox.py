@@ -17,7 +17,7 @@ import pytest_asyncio
 from tests.client.conftest import IMAGE, NAMESPACE
 from wherry.client import CommandFailed, OutOfMemory, Wherry
 from wherry.client.disk import KINDS
-from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
+from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry.linux.quota import supported
 
 
@@ -77,7 +77,7 @@ async def test_orphans_are_reaped(wherry: Wherry) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_limits_hold(wherry: Wherry) -> None:
+async def test_limits_hold(wherry: Wherry, ours: bool) -> None:
     async with wherry.sandbox(IMAGE, memory=32 << 20, pids=16, cpus=0.5) as box:
         with pytest.raises(OutOfMemory):
             await box.exec(["awk", 'BEGIN { s = "x"; while (1) s = s s }'], check=True, timeout=60)
@@ -85,7 +85,15 @@ async def test_limits_hold(wherry: Wherry) -> None:
             ["sh", "-c", "i=0; while [ $i -lt 40 ]; do sleep 99 >/dev/null 2>&1 & i=$((i+1)); done"], timeout=60
         )
         assert b"can't fork" in forks.stderr
-        await box.exec(["killall", "sleep"])
+        end = time.monotonic() + 30
+        while True:
+            try:
+                await box.exec(["killall", "sleep"], check=True)
+                break
+            except WherryError as error:
+                # runc's threads count as well while it comes in, and it aborts when there is no room for them
+                if ours or "OCI runtime exec failed" not in str(error) or time.monotonic() > end:
+                    raise
         assert (await box.exec(["true"])).status == 0
 
 
