@@ -77,7 +77,9 @@ POINTS: Final = [
     *_points("runtime", GONE, "runtime.create.mounted", "runtime.create.taken", "runtime.create.cgroup"),
     *_points("runtime", GONE, "runtime.create.recorded", "runtime.answering"),
     *_points("runtime", GONE, "runtime.borrowed.namespaces", "runtime.borrowed.waits"),
-    # of the exec, which isn't forked
+    # of an exec by the shim itself
+    *_points("shim", LOST, "runtime.entering.started"),
+    # of an exec that is for the runtime, and isn't forked there
     *_points("runtime", KEPT, "runtime.borrowed.entering", "runtime.borrowed.executed"),
     # of the container itself
     *_points("runtime", GONE, "runtime.forked", "runtime.child.born", "runtime.child.ready", hooks=True),

@@ -217,16 +217,23 @@ class Rig:
     def _while_it_runs(self, life: Life, point: Point, pid: int) -> None:
         name = life.name
         if life.exec_waited is None:
-            self._exec(life)
+            self._exec(life, borrowed=point.name.startswith("runtime.borrowed."))
         if point.kill_shim:
             self._kill_shim(name)
         else:
             Path(f"/proc/{pid}/root/stop").touch()
         life.waited = self.call(lambda client: client.tasks.wait(name)).status
 
-    def _exec(self, life: Life) -> None:
+    def _exec(self, life: Life, *, borrowed: bool) -> None:
         name = life.name
-        process = {"args": ["sh", "-c", f"exit {EXEC}"], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}}
+        # a program whose path isn't absolute is not for `runtime/entering.py`
+        program = "./bin/sh" if borrowed else "sh"
+        process = {
+            "args": [program, "-c", f"exit {EXEC}"],
+            "cwd": "/",
+            "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0},
+        }
         with contextlib.suppress(AlreadyExists):
             self.call(lambda client: client.tasks.exec(name, "e", process, Stdio()))
         found = self.call(lambda client: client.tasks.get(name, "e"))

@@ -43,6 +43,8 @@ SOME = [
     ("shim.shutdown.emptied:1", True),
     ("runtime.create.taken:1", False),
     ("runtime.answering:1", False),
+    ("runtime.entering.started:1", False),
+    ("runtime.entering.started:1", True),
     ("runtime.borrowed.entering:1", False),
     ("runtime.borrowed.executed:1", True),
     ("runtime.recorded:1+hooks", False),
