@@ -58,7 +58,7 @@ def prepare() -> None:
     for name in DEFERRED:
         if name not in sys.modules:
             sys.modules[name] = _Deferred(name)
-    for name, made in (("gettext", _untranslated), ("threading", _locks), ("datetime", _times)):
+    for name, made in _STANDING_IN.items():
         if name not in sys.modules and (module := made()) is not None:
             sys.modules[name] = module
 
@@ -88,6 +88,24 @@ def _times() -> ModuleType | None:
     module = ModuleType("datetime", _datetime.__doc__)
     vars(module).update({name: value for name, value in vars(_datetime).items() if not name.startswith("__")})
     return module
+
+
+def _names() -> ModuleType:
+    """Of `typing` the names that annotations need, which nobody reads here; with any other name comes the rest."""
+    module = _Deferred("typing")
+    vars(module).update(TYPE_CHECKING=False, Any=object, Final=object, Self=object, Union=_Anything())
+    vars(module).update(cast=lambda kind, value: value)
+    return module
+
+
+class _Anything:
+    """`Union`, of which protobuf makes annotations."""
+
+    def __getitem__(self, kinds: object) -> object:
+        return object
+
+
+_STANDING_IN = {"gettext": _untranslated, "threading": _locks, "datetime": _times, "typing": _names}
 
 
 def settle() -> None:

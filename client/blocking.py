@@ -8,7 +8,9 @@ which must not pay for asyncio (80 ms, several times the command itself).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any
+
+from wherry.core.hints import TypeVar
 
 T = TypeVar("T")
 

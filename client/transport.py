@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import Message
+
+from wherry.core.hints import Generic, Protocol, TypeVar
+from wherry.core.tuples import NamedTuple
 
 Response = TypeVar("Response", bound=Message)
 # an answer comes out of a call only: what is pending for a subclass may stand for what is pending for its base

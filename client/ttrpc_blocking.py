@@ -11,12 +11,13 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError, Message
 
 from wherry.client.transport import Call, Pending, Response, Stream, Transport
 from wherry.core.errors import DeadlineExceeded, Internal, Unavailable, Unimplemented, from_code
+from wherry.core.hints import Generic, TypeVar
 from wherry.proto.ttrpc import sockets
 from wherry.proto.ttrpc.frames import REMOTE_CLOSED, REMOTE_OPEN, Answer, ClientConnection, Payload
 

@@ -7,7 +7,6 @@ readers accept both.
 from __future__ import annotations
 
 from typing import Any as Anything
-from typing import TypeVar
 
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.any_pb2 import Any
@@ -15,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from wherry.core import quickjson
 from wherry.core.errors import InvalidArgument, NotFound
+from wherry.core.hints import TypeVar
 from wherry.core.names import quote
 
 # the OCI runtime specification as JSON in an Any

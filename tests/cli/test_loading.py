@@ -108,12 +108,15 @@ def test_another_path_for_modules_is_respected(tmp_path: Path) -> None:
 def test_modules_that_are_loaded_late_are_whole() -> None:
     """What stands in place of a module until it is needed is that module when it is."""
     program = (
-        "from wherry.cli import startup; startup.prepare(); import threading, datetime, hashlib, inspect; "
+        "from wherry.cli import startup; startup.prepare(); import threading, datetime, hashlib, inspect, typing; "
+        "import google.protobuf.timestamp_pb2, dataclasses; before = type(typing).__name__; "
         "from threading import Lock, RLock; from google.protobuf import text_encoding; "
         "thread = threading.Thread(target=print, args=('in a thread',)); thread.start(); thread.join(); "
         "print(threading.current_thread() is threading.main_thread(), type(Lock()) is type(threading.Lock())); "
         "print(datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc).isoformat(), datetime.date.__module__); "
-        "print(hashlib.sha256(b'').hexdigest()[:4], inspect.isfunction(print), text_encoding.CEscape(b'a\\n', False))"
+        "print(hashlib.sha256(b'').hexdigest()[:4], inspect.isfunction(print), text_encoding.CEscape(b'a\\n', False)); "
+        "made = dataclasses.make_dataclass('Made', [('x', typing.ClassVar[int]), ('y', int)]); "
+        "print(before, typing.Optional[int] == typing.Union[int, None], [f.name for f in dataclasses.fields(made)])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
@@ -121,4 +124,5 @@ def test_modules_that_are_loaded_late_are_whole() -> None:
         "True True",
         "2026-01-02T00:00:00+00:00 datetime",
         "e3b0 False a\\n",
+        "_Deferred True ['y']",
     ], done.stderr
