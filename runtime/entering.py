@@ -178,7 +178,7 @@ def _begin(request: ExecRequest, stdio: tuple[int, int, int], fds: list[int]) ->
     if status != state.RUNNING and not (status == state.PAUSED and request.ignore_paused):
         return None
     container = _container(found)
-    if not container.common or (container.filter and not asked.get("noNewPrivileges")):
+    if not container.common:
         return None
     looked = _look(found.pid, asked)
     if looked is None:
@@ -250,7 +250,13 @@ def _become(made: calls.Calls, asked: dict[str, Any], container: _Container) -> 
     user = asked.get("user") or {}
     uid, gid, groups = user.get("uid") or 0, user.get("gid") or 0, user.get("additionalGids") or []
     sets, _ = identity.capability_sets(asked.get("capabilities"))
-    if asked.get("noNewPrivileges"):
+    # without no_new_privs the filter takes the rights that go next; it need not know openat2, so that the folder is
+    # opened before it (as runc does), and entered as the user
+    early = bool(container.filter) and not asked.get("noNewPrivileges")
+    if early:
+        _open_folder(made, asked)
+        _load_filter(made, container)
+    elif asked.get("noNewPrivileges"):
         made.add(_PRCTL, sc.PR_SET_NO_NEW_PRIVS, 1)
     for number in range(_last_capability + 1):
         if not sets["bounding"] >> number & 1:
@@ -262,22 +268,28 @@ def _become(made: calls.Calls, asked: dict[str, Any], container: _Container) -> 
     made.add(_PRCTL, sc.PR_SET_KEEPCAPS, 0)
     # the change of user has set it anew, to what /proc/sys/fs/suid_dumpable says
     made.add(_PRCTL, sc.PR_SET_DUMPABLE, 0)
-    # no way out of the root but by a magic link (CVE-2024-21626)
-    how = made.data(struct.pack("=3Q", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, sc.RESOLVE_NO_MAGICLINKS))
-    made.add(_OPENAT2, sc.AT_FDCWD, made.text(asked["cwd"]), how, 24)
+    if not early:
+        _open_folder(made, asked)
     made.add(_FCHDIR, _INIT)
     made.add(_CLOSE, _INIT)
     _set_capabilities(made, sets)
     umask = user.get("umask")
     made.add(_UMASK, identity.DEFAULT_UMASK if umask is None else umask)
-    if container.filter:
-        program = made.data(container.filter)
-        made.add(
-            _SECCOMP,
-            _SET_MODE_FILTER,
-            container.filter_flags,
-            made.data(struct.pack("=H6xQ", len(container.filter) // 8, program)),
-        )
+    if container.filter and not early:
+        _load_filter(made, container)
+
+
+def _open_folder(made: calls.Calls, asked: dict[str, Any]) -> None:
+    """The working directory; no way leads out of the root but a magic link (CVE-2024-21626)."""
+    how = made.data(struct.pack("=3Q", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, sc.RESOLVE_NO_MAGICLINKS))
+    made.add(_OPENAT2, sc.AT_FDCWD, made.text(asked["cwd"]), how, 24)
+
+
+def _load_filter(made: calls.Calls, container: _Container) -> None:
+    """`seccomp.load_filter`."""
+    program = made.data(container.filter)
+    fprog = made.data(struct.pack("=H6xQ", len(container.filter) // 8, program))
+    made.add(_SECCOMP, _SET_MODE_FILTER, container.filter_flags, fprog)
 
 
 def _set_capabilities(made: calls.Calls, sets: dict[str, int]) -> None:

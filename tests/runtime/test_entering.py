@@ -150,10 +150,12 @@ with open(path, "w") as file:
 assert container.entering(asked("true")) is None  # nobody has compiled it yet
 seccomp.compile_filter(profile, "")
 modules |= set(sys.modules)
-refused = asked("true", change={"noNewPrivileges": False})
 entering._known.clear()
-assert container.entering(refused) is None
-assert wait(end(begin("sh", "-c", "! mkdir /dev/shm/x && grep -q 'Seccomp:.2' /proc/self/status"))) == 0
+words = "sh", "-c", "! mkdir /dev/shm/x && grep -q 'Seccomp:.2' /proc/self/status  && pwd | grep -q /tmp && id -u | grep 5" && pwd | grep -q /tmp && id -u | grep 5" pwd | grep tmp"
+for none in (True, False):
+    change = {"noNewPrivileges": none, "cwd": "/tmp", "user": {"uid": 5, "gid": 5}}
+    assert wait(end(begin(*words, change=change))) == 0
+assert end(begin("true", change={"noNewPrivileges": False, "cwd": "/proc/self/cwd"})) == 0
 with open(path, "w") as file:
     file.write(kept)
 assert wait(end(begin("sh", "-c", "mkdir /dev/shm/x && grep -q 'Seccomp:.0' /proc/self/status"))) == 0
