@@ -151,7 +151,7 @@ assert container.entering(asked("true")) is None  # nobody has compiled it yet
 seccomp.compile_filter(profile, "")
 modules |= set(sys.modules)
 entering._known.clear()
-words = "sh", "-c", "! mkdir /dev/shm/x && grep -q 'Seccomp:.2' /proc/self/status  && pwd | grep -q /tmp && id -u | grep 5" && pwd | grep -q /tmp && id -u | grep 5" pwd | grep tmp"
+words = "sh", "-c", "! mkdir /dev/shm/x && grep -q 'Seccomp:.2' /proc/self/status && pwd | grep -q tmp"
 for none in (True, False):
     change = {"noNewPrivileges": none, "cwd": "/tmp", "user": {"uid": 5, "gid": 5}}
     assert wait(end(begin(*words, change=change))) == 0
