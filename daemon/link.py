@@ -13,12 +13,13 @@ from typing import Protocol, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from wherry.core.errors import DeadlineExceeded, Unavailable, WherryError
+from wherry.core.errors import DeadlineExceeded, NotFound, Unavailable, WherryError
 from wherry.daemon.bundle import Bundle, Launch
 from wherry.daemon.config import Config
 from wherry.proto import task_v2_pb2 as _v2  # noqa: F401  # registers the messages of shims that speak version 2
 from wherry.proto import task_v3_pb2 as task
 from wherry.proto.service import GRPC_NAMESPACE, TTRPC_NAMESPACE
+from wherry.proto.ttrpc.calls import ClientClosed
 from wherry.proto.ttrpc.client import TtrpcClient
 from wherry.shim.client import Bootstrap, DeadShim, ShimLog
 
@@ -149,7 +150,8 @@ class Shim:
         Messages are those of version 3, which version 2 shares on the wire.
 
         `limit` in seconds, None for what may wait for ever. Raises what the shim answered, DeadlineExceeded when it
-        didn't in time, Unavailable when it is gone (or went, and nobody knows what it did).
+        didn't in time, Unavailable when it is gone (or went, and nobody knows what it did), NotFound where it was told
+        to leave meanwhile: another request has deleted what is asked about.
         """
         if self._client is None:
             raise Unavailable(f"shim of {self.bundle.id} is not connected: unavailable")
@@ -164,8 +166,17 @@ class Shim:
             raise DeadlineExceeded(
                 f"shim of {self.bundle.id} did not answer {name} within {limit:g} s: deadline exceeded"
             ) from None
+        except ClientClosed:
+            if self.leaving:
+                raise self.not_found() from None
+            raise Unavailable("the daemon is going down: unavailable") from None
         self.mute = False
         return cast("R", answer)
+
+    def not_found(self) -> NotFound:
+        """The task isn't there, or the sandbox, in containerd's words."""
+        what = f"sandbox {self.bundle.id}" if self.launch.sandbox else f"task {self.bundle.id} not found"
+        return NotFound(f"{what}: not found")
 
     async def state(self, limit: float, exec_id: str = "") -> task.StateResponse:
         """What the shim says of a process; keeps init's pid."""

@@ -267,7 +267,9 @@ class Shims:
         try:
             request = sandbox.ShutdownSandboxRequest(sandbox_id=shim.bundle.id)
             await shim.call("ShutdownSandbox", request, sandbox.ShutdownSandboxResponse, service=SANDBOX)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, NotFound) and self._shims.get(shim.key) is not shim:
+                return  # another request has ended it meanwhile
             shim.leaving = False
             if not shim.connected:
                 self._closed(shim)

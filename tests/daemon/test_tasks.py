@@ -153,7 +153,7 @@ def test_a_task_whose_record_is_gone_can_be_ended(daemon: Wherryd, runtime: list
 
     assert asyncio.run(end()) == 137
     assert "bare" not in daemon.ctr("task", "ls").stdout
-    daemon.ctr("snapshots", "rm", "bare")
+    daemon.ctr("snapshots", "rm", "bare", check=False)  # where the collector wasn't faster
 
 
 def test_what_is_not_there_is_said_in_containerds_words(daemon: Wherryd) -> None:
