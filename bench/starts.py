@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from bench.api import Api
 from bench.chart import draw
 from bench.daemons import Daemon
+from wherry.client.wherry import Wherry
 
 AT_ONCE = (1, 2, 4, 8, 16)
 # containers for each daemon and number at once, in so many turns; p99 is then the second largest of 120
@@ -80,6 +82,28 @@ def execs_by_turns(daemons: Sequence[Daemon], image: str) -> list[float]:
         for api in apis:
             await api.end(f"exec-{api.kind}")
             await api.__aexit__(None, None, None)
+        return found
+
+    return [statistics.median(row) * 1000 for row in asyncio.run(measure())]
+
+
+def sandbox_execs_by_turns(daemons: Sequence[Daemon], image: str) -> list[float]:
+    """Median milliseconds of `Sandbox.exec` of `true`: what a program waits that uses the client, streams and all."""
+
+    async def measure() -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in daemons]
+        async with contextlib.AsyncExitStack() as stack:
+            boxes = []
+            for daemon in daemons:
+                wherry = Wherry(daemon.address, sandboxes=str(daemon.folder / "sandboxes"))
+                boxes.append(await (await stack.enter_async_context(wherry)).sandbox(image))
+            for number in range(-3, EXECS):
+                for box, row in zip(boxes, found, strict=True):
+                    begun = time.perf_counter()
+                    done = await box.exec(["true"])
+                    if number >= 0:
+                        row.append(time.perf_counter() - begun)
+                    done.check()
         return found
 
     return [statistics.median(row) * 1000 for row in asyncio.run(measure())]
