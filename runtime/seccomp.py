@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import struct
+from _blake2 import blake2b  # hashlib would map OpenSSL into every shim
 
 from wherry.core import places
 
@@ -142,7 +142,7 @@ def default_cache() -> str:
 
 def _digest(profile: Mapping[str, Any]) -> str:
     text = json.dumps(profile, sort_keys=True, separators=(",", ":"), default=dict).encode()
-    return hashlib.sha256(b"\0".join((_FORMAT, os.uname().machine.encode(), text))).hexdigest()
+    return blake2b(b"\0".join((_FORMAT, os.uname().machine.encode(), text)), digest_size=32).hexdigest()
 
 
 def _cache_path(cache: str, digest: str) -> str:

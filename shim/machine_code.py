@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
+import os
 import struct
 from typing import Final
 
@@ -142,7 +142,7 @@ class Code:
 
 def load() -> Code | None:
     """The machine code for this processor; None where there is none, or where nothing may be mapped executable."""
-    parts = MACHINE_CODE.get(platform.machine())
+    parts = MACHINE_CODE.get(os.uname().machine)
     if parts is None or PAGE != 4096:
         return None
     try:

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -68,7 +67,7 @@ def walk(own_streams: Callable[[str, str], None]) -> None:
         print(f"level=warning msg={f'warming up: {type(error).__name__}: {error}'!r}", file=sys.stderr)
     finally:
         set_child_subreaper(False)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         os.close(held)
 
 
@@ -90,8 +89,21 @@ def _remove_strays() -> None:
         with contextlib.suppress(OSError):
             held = _hold(f"{parent}/{stray}")
             if os.fstat(held).st_uid == os.geteuid() and os.fstat(held).st_mtime < time.time() - _STRAY:
-                shutil.rmtree(f"{parent}/{stray}", ignore_errors=True)
+                _remove(f"{parent}/{stray}")
             os.close(held)
+
+
+def _remove(folder: str) -> None:
+    """With all that is in it, as far as that goes; `shutil` would map six libraries into every shim."""
+    for path, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}/{name}")
+        for name in folders:
+            with contextlib.suppress(OSError):
+                (os.unlink if os.path.islink(f"{path}/{name}") else os.rmdir)(f"{path}/{name}")
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 @contextlib.contextmanager

@@ -10,15 +10,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import resource
 import struct
 
 from wherry.linux.cgroups.devices import ANY, Rule, allows_all
+from wherry.linux.syscalls import prlimit
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351, "armv7l": 386}
 _PROG_LOAD, _PROG_ATTACH, _PROG_DETACH, _PROG_GET_FD_BY_ID, _PROG_QUERY = 5, 8, 9, 13, 16
 _PROG_TYPE_CGROUP_DEVICE, _ATTACH_CGROUP_DEVICE = 15, 6
 _F_ALLOW_MULTI = 2
+_RLIMIT_MEMLOCK, _RLIM_INFINITY = 8, 2**64 - 1
 _MAX_PROGRAMS = 64  # of one cgroup (BPF_CGROUP_MAX_PROGS)
 _KINDS = {"b": 1, "c": 2}
 _ACCESS = {"m": 1, "r": 2, "w": 4}
@@ -111,7 +112,7 @@ def _load(instructions: bytes, directory: str) -> int:
     except OSError as error:
         if error.errno == errno.EPERM:
             # before 5.11 programs are charged to RLIMIT_MEMLOCK, which is 64 KiB or less by default
-            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            prlimit(0, _RLIMIT_MEMLOCK, _RLIM_INFINITY, _RLIM_INFINITY)
             return _prog_load(instructions, None, directory)
         log = ctypes.create_string_buffer(65536)
         try:

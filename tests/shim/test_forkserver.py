@@ -225,6 +225,16 @@ async def test_a_shim_imports_nothing_once_it_serves(work: Path, lab: Lab) -> No
     await shim.shutdown()
 
 
+async def test_what_a_shim_has_no_use_for_is_not_in_its_memory(lab: Lab) -> None:
+    """Four mappings for each library, which every fork copies and every end takes down again."""
+    shim = await lab.spawn("a")
+    unused = {"asyncio", "grpc", "hashlib", "logging", "platform", "random", "shutil", "sqlite3", "ssl", "subprocess"}
+    assert unused & set(await modules(shim)) == set()
+    maps = Path(f"/proc/{shim.bootstrap.pid}/maps").read_text()
+    assert [name for name in ("libcrypto", "libssl", "liblzma", "libbz2") if name in maps] == []
+    await shim.shutdown()
+
+
 async def modules(shim: Shim) -> list[str]:
     """The names in `sys.modules` of a shim, by its SIGUSR1 (a shim writes them into its log for that)."""
     log = shim.bundle / "shim.log"
