@@ -8,7 +8,7 @@ import shutil
 
 import structlog
 
-from wherry.core import apparmor
+from wherry.core import apparmor, places
 
 log = structlog.get_logger(__name__)
 
@@ -20,9 +20,11 @@ _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin
 async def provide(parser: str = "") -> None:
     """Load the profile, unless it is loaded since the host started; what is in the way is logged, never raised.
 
+    Root of a user's namespace may not: profiles are the host's.
+
     `parser` is the program that does it (apparmor_parser(8)), else it is looked for.
     """
-    if os.geteuid() or not apparmor.enabled() or apparmor.loaded():
+    if os.geteuid() or os.environ.get(places.INSIDE) or not apparmor.enabled() or apparmor.loaded():
         return
     program = parser or shutil.which("apparmor_parser", path=_PATH)
     if program is None:

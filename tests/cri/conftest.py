@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cri.guest import SYSTEMD, GuestLab
 from tests.cri.kubelet import ContainerdLab, WherryLab, closing
 
 
@@ -19,3 +20,9 @@ def lab() -> Iterator[WherryLab]:
 def each_lab(request: pytest.FixtureRequest) -> Iterator[WherryLab | ContainerdLab]:
     """The same tests on `wherryd` and on Debian's containerd, which is the reference."""
     yield from closing(WherryLab() if request.param == "wherryd" else ContainerdLab())
+
+
+@pytest.fixture(scope="session")
+def guest() -> Iterator[GuestLab]:
+    """In the VM: a node whose handler has systemd make cgroups, for all tests; each leaves it without pods."""
+    yield from closing(GuestLab(SYSTEMD))

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from typing import Any
 import grpc
 import pytest
 
-from tests import busybox
-from tests.cri.kubelet import NAMESPACE, WherryLab, refused
+from tests.cri.guest import GuestLab
+from tests.cri.kubelet import closing, refused
 from tests.cri.worker import stop
 from tests.daemon.test_checkpoint import RUNTIME, kernel
 from tests.peers import need
@@ -43,44 +41,28 @@ COUNT = (
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[WherryLab]:
+def lab(request: pytest.FixtureRequest) -> Iterator[GuestLab]:
     """A node whose runtime can write checkpoints on this kernel."""
-    more = ""
     if REAL:
         need("criu")
-    else:
-        folder = Path("/tmp") / f"wherry-cri-restore-{os.getpid()}"
+        yield request.getfixturevalue("guest")
+        return
+    with tempfile.TemporaryDirectory(prefix="wherry-cri-restore-") as folder:
+        runtime = Path(folder) / "runtime"
         # the shim of a pod isn't in the container's bundle
         found = """$(RUNC --root "$2" state "$id" | sed -n 's/.*"rootfs": "\\(.*\\)".*/\\1/p')"""
-        folder.write_text(RUNTIME.replace("$PWD/rootfs", found).replace("RUNC", need("runc")))
-        folder.chmod(0o755)
-        more = HANDLER.format(folder)
-    lab = WherryLab(more, image=False)
-    try:
-        archive = lab.folder / "busybox.tar"
-        busybox.write_archive(archive)
-        imported(lab, archive)
-        yield lab
-    finally:
-        lab.close()
-        if more:
-            folder.unlink()
+        runtime.write_text(RUNTIME.replace("$PWD/rootfs", found).replace("RUNC", need("runc")))
+        runtime.chmod(0o755)
+        yield from closing(GuestLab(HANDLER.format(runtime)))
 
 
-def imported(lab: WherryLab, archive: Path) -> None:
-    """An archive's images for the node (there is no ctr in the VM)."""
-    command = [sys.executable, "-m", "wherry.cli", "--address", lab.address, "-n", NAMESPACE]
-    done = subprocess.run([*command, "images", "import", str(archive)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-def count(lab: WherryLab, container: str) -> int:
+def count(lab: GuestLab, container: str) -> int:
     # the file is empty for a moment each time
     return int(lab.until(lambda: lab.exec(container, "cat", "/count"), "it has counted", 60))
 
 
 @pytest.fixture(scope="module")
-def archive(lab: WherryLab) -> tuple[Path, int]:
+def archive(lab: GuestLab) -> tuple[Path, int]:
     """A checkpoint, and how far the container had come when it was asked for; it ran on, and is gone."""
     config = lab.pod_config(host_network=True)
     pod = lab.run_pod(config)
@@ -132,7 +114,7 @@ def _file(tar: tarfile.TarFile, name: str) -> Any:
     return found
 
 
-def restored(lab: WherryLab, image: str, before: int) -> None:
+def restored(lab: GuestLab, image: str, before: int) -> None:
     """A container of that image, in another pod, goes on where the checkpointed one was."""
     config = lab.pod_config(host_network=True)
     pod = lab.run_pod(config)
@@ -145,7 +127,8 @@ def restored(lab: WherryLab, image: str, before: int) -> None:
     container = lab.create(pod, made, config)
     folder = lab.folder / "root" / "cri" / "containers" / container / "restore"
     assert (folder / "checkpoint" / "inventory.img").exists()
-    lab.restart()  # what is to be restored is not forgotten by a daemon that is killed
+    if not REAL:
+        lab.restart()  # what is to be restored is not forgotten by a daemon that is killed
     lab.kubelet.StartContainer(cri.StartContainerRequest(container_id=container), timeout=180)
     assert not folder.exists()
     status = lab.container_status(container)
@@ -171,16 +154,16 @@ def restored(lab: WherryLab, image: str, before: int) -> None:
     lab.remove_pods()
 
 
-def test_from_the_archives_path(lab: WherryLab, archive: tuple[Path, int]) -> None:
+def test_from_the_archives_path(lab: GuestLab, archive: tuple[Path, int]) -> None:
     restored(lab, str(archive[0]), archive[1])
 
 
-def test_from_an_image(lab: WherryLab, archive: tuple[Path, int]) -> None:
+def test_from_an_image(lab: GuestLab, archive: tuple[Path, int]) -> None:
     """As buildah makes it for a kubelet: the archive's files as a layer, and an annotation."""
     name = "example.org/checkpoints/counter:1"
     layout = lab.folder / "image.tar"
     write_image(layout, archive[0].read_bytes(), name, {"io.kubernetes.cri-o.annotations.checkpoint.name": "counter"})
-    imported(lab, layout)
+    lab.import_archive(layout)
     restored(lab, name, archive[1])
     lab.kubelet.RemoveImage(image=cri.ImageSpec(image=name))
 
@@ -221,7 +204,7 @@ def write_image(target: Path, layer: bytes, name: str, annotations: dict[str, st
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_checkpoint(lab: WherryLab, archive: tuple[Path, int]) -> None:
+def test_what_is_no_checkpoint(lab: GuestLab, archive: tuple[Path, int]) -> None:
     config = lab.pod_config(host_network=True)
     pod = lab.run_pod(config)
     damaged = lab.folder / "damaged.tar"
@@ -276,7 +259,7 @@ def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes |
                 new.addfile(member, io.BytesIO(data))
 
 
-def test_links_in_an_archive_lead_nowhere(lab: WherryLab, archive: tuple[Path, int], tmp_path: Path) -> None:
+def test_links_in_an_archive_lead_nowhere(lab: GuestLab, archive: tuple[Path, int], tmp_path: Path) -> None:
     """Names that leave the folder, links and devices aren't unpacked."""
     evil = tmp_path / "evil.tar"
     with tarfile.open(evil, "w") as tar:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import busybox
-from tests.cri.kubelet import NAMESPACE, WherryLab
+from tests.cri.guest import GuestLab
+from tests.cri.kubelet import WherryLab
 from tests.cri.worker import stop
 from wherry.proto import cri_pb2 as cri
 
@@ -21,34 +19,7 @@ pytestmark = pytest.mark.skipif(
     Path("/proc/1/comm").read_text().strip() != "systemd" or not (CGROUPS / "cgroup.controllers").exists(),
     reason="no systemd with a pure cgroup v2 here",
 )
-_SYSTEMD = """
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-  runtime_type = "io.containerd.runc.v2"
-  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-    SystemdCgroup = true
-"""
 MIB = 1 << 20
-
-
-class GuestLab(WherryLab):
-    """Where there is no ctr."""
-
-    def import_busybox(self) -> str:
-        archive = self.folder / "busybox.tar"
-        busybox.write_archive(archive)
-        command = [sys.executable, "-m", "wherry.cli", "--address", self.address, "-n", NAMESPACE]
-        subprocess.run([*command, "images", "import", str(archive)], check=True, capture_output=True, timeout=120)
-        return busybox.NAME
-
-
-@pytest.fixture(scope="module")
-def guest() -> Iterator[GuestLab]:
-    """A node whose handler has systemd make cgroups."""
-    lab = GuestLab(_SYSTEMD)
-    try:
-        yield lab
-    finally:
-        lab.close()
 
 
 def slice_of(name: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from wherry.client import security
 from wherry.client.sandbox import Limits, Plan
 from wherry.client.spec_defaults import default_spec
-from wherry.core import apparmor
+from wherry.core import apparmor, places
 from wherry.daemon.apparmor import provide
 
 
@@ -56,6 +56,15 @@ async def test_the_daemon_loads_it_once(parser: Path, tmp_path: Path) -> None:
     assert apparmor.loaded()
     await provide(str(parser))
     assert (tmp_path / "calls").read_text() == "--replace --skip-cache\n"
+
+
+async def test_an_ordinary_users_daemon_leaves_it_alone(
+    parser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is root in its own namespace, and the kernel refuses."""
+    monkeypatch.setenv(places.INSIDE, "1000")
+    await provide(str(parser))
+    assert not (tmp_path / "calls").exists()
 
 
 async def test_a_host_without_it_and_a_parser_that_fails_stop_nobody(
