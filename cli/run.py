@@ -53,7 +53,7 @@ async def run(session: Session, args: argparse.Namespace) -> int:
             await client.containers.label(container.id, {AUTO_REMOVE: "true"})
         return 0
     if args.rm:
-        await patiently(lambda: lifecycle.remove(client, container, force=True, volumes=True))
+        await patiently(lambda: lifecycle.remove_ended(client, container, volumes=True))
     return status
 
 

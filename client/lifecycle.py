@@ -257,6 +257,17 @@ async def remove(client: Client, container: Container, *, force: bool = False, v
     await remove_record(client, container, volumes=volumes)
 
 
+async def remove_ended(client: Client, container: Container, *, volumes: bool = False) -> None:
+    """As `remove` with `force`, for one whose end was just seen: its task goes without being asked how it is."""
+    try:
+        await client.tidying().tasks.delete(container.id)
+    except WherryError:
+        # the daemon was quicker or is away, or somebody has started it again
+        await remove(client, container, force=True, volumes=volumes)
+        return
+    await remove_record(client.tidying(), container, volumes=volumes)
+
+
 async def remove_record(client: Client, container: Container, *, volumes: bool = False) -> None:
     """Removes a container that has no task: its network, snapshot, record, log and, if asked for, nameless volumes."""
     if container.snapshot_key and container.snapshotter:
