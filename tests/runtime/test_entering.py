@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import platform
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from tests.runtime.bundles import Bundle
 from tests.runtime.test_library import drive
+from wherry.linux.cgroups.layout import Hierarchy
+from wherry.runtime import entering
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has the machine code")
 
@@ -67,11 +70,12 @@ except BaseException:
 """
 # a process that stays in the middle of entering, in all namespaces and with all rights, until its input has a byte
 WAITING = """
-become = entering._become
+steps = entering.steps
+become = steps.become
 def slowly(made, *rest):
     made.add(0, 0, made.data(bytes(8)), 1)  # read(2)
     become(made, *rest)
-entering._become = slowly
+steps.become = slowly
 gate, opened = os.pipe()
 def entered(begun):
     until(lambda: begun._calls.pid)
@@ -205,7 +209,7 @@ begun = begin("true", stdio=(gate, null, null))
 pid = entered(begun)
 inside = [line for line in open(f"/proc/{pid}/status") if line.startswith("NSpid")][0].split()[-1]
 reader, writer = os.pipe()
-entering._become = become
+steps.become = become
 script = f"for f in maps mem environ auxv exe cwd root fd/0; do ls -l /proc/{inside}/$f; cat /proc/{inside}/$f; done"
 rights = {kind: ["CAP_DAC_OVERRIDE", "CAP_KILL"] for kind in ("bounding", "effective", "permitted")}
 looker = end(begin("sh", "-c", script, change={"capabilities": rights}, stdio=(null, writer, null)))
@@ -231,14 +235,20 @@ def test_its_maker_goes_on_while_it_hangs_and_when_it_is_killed(bundle: Bundle) 
     body = (
         WAITING
         + """
+secret = os.open("/etc/passwd", os.O_RDONLY)
 begun = begin("true", stdio=(gate, null, null))
 pid = entered(begun)
+for one in (begun.helper, pid):
+    held = {os.stat(f"/proc/{one}/fd/{fd}").st_ino for fd in os.listdir(f"/proc/{one}/fd")}
+    assert os.fstat(opened).st_ino in held and len(held) <= 3, held  # the gate's end, /dev/null, the init
+    assert os.fstat(secret).st_ino not in held
+os.close(secret)
 inside = [line for line in open(f"/proc/{pid}/status") if line.startswith("NSpid")][0].split()[-1]
 rights = {kind: ["CAP_KILL"] for kind in ("bounding", "effective", "permitted")}
-entering._become = become
+steps.become = become
 assert wait(end(begin("kill", "-9", inside, change={"capabilities": rights}))) == 0
 assert end(begun) == pid and wait(pid) == -9
-entering._become = slowly
+steps.become = slowly
 begun = begin("true", stdio=(gate, null, null))
 pid = entered(begun)
 os.kill(begun.helper, 9)
@@ -249,7 +259,7 @@ except ContainerError as error:
     assert begun.lost == pid and wait(pid) == -9
     begun.close()
 assert container.pids(root, "box") == [box]
-entering._become = become
+steps.become = become
 assert wait(end(begin("sh", "-c", "exit 3"))) == 3
 """
         + CLOSED
@@ -328,6 +338,20 @@ assert container.entering(asked("true", change={"env": ["PATH=/bin"]})) is None
 def test_uncommon_ones_are_left_to_others(bundle: Bundle, change: dict[str, object]) -> None:
     (bundle.path / "change").write_text(repr(change))
     run(bundle, "assert container.entering(asked('true', change=eval(open(bundle + '/change').read()))) is None\n")
+
+
+def test_who_would_be_killed_with_the_container_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """memory.oom.group of a cgroup or of one around it: who shares memory with one that is killed is killed, too."""
+    inner = tmp_path / "pod" / "box"
+    inner.mkdir(parents=True)
+    layout = type("Layout", (), {"v2": Hierarchy(str(tmp_path), "/")})
+    monkeypatch.setattr(entering, "host", lambda: layout)
+    assert not entering._dies_together(str(inner))
+    assert not entering._dies_together("")
+    (inner / "memory.oom.group").write_text("0\n")
+    assert not entering._dies_together(str(inner))
+    (tmp_path / "pod" / "memory.oom.group").write_text("1\n")
+    assert entering._dies_together(str(inner))
 
 
 def test_other_containers_are_left_to_others(bundle: Bundle) -> None:
