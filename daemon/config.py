@@ -62,8 +62,9 @@ _IDLE = frozenset({"plugin_dir", "temp", "cgroup", "stream_processors"})
 # what a key that is read and changes nothing carries: set to another value than containerd's default, it is warned of
 _NO_EFFECT = types.MappingProxyType({"no effect": True})
 # the deadlines that are heeded (daemon/link.py), and containerd's defaults of those that are not
-TIMEOUTS = tuple(
-    f"io.containerd.timeout.{name}" for name in ("shim.load", "shim.cleanup", "shim.shutdown", "task.state")
+TIMEOUTS = (
+    *(f"io.containerd.timeout.{name}" for name in ("shim.load", "shim.cleanup", "shim.shutdown", "task.state")),
+    *(f"io.wherry.timeout.task.{name}" for name in ("call", "create")),
 )
 _IDLE_TIMEOUTS = {"io.containerd.timeout.bolt.open": "0s", "io.containerd.timeout.metrics.shimstats": "2s"}
 # plugins whose tables are read here, by URI; the other plugins' tables are reported as unknown

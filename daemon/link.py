@@ -31,17 +31,24 @@ R = TypeVar("R", bound=Message)
 # a process that forks while it is looked for is found in the next round; what was killed is seen until it is reaped
 _KILL_ROUNDS = 20
 
-_CALL = 30.0  # seconds; a call without a limit of its own: the shim's work is local and short, a loaded machine is slow
+_USUAL = -1.0  # stands for `Limits.call`
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Deadlines in seconds; the names of containerd's table `[timeouts]` beside them."""
+    """Deadlines in seconds; their names in containerd's table `[timeouts]` beside them, two of which are ours.
+
+    `call` is for what has no other: the shim's work is local and short, a loaded machine is slow. `create` is for
+    Create and for Start (mounts, hooks, the runtime's set-up): less than the two minutes after which a kubelet gives
+    up, so that it hears why.
+    """
 
     load: float = 5.0  # io.containerd.timeout.shim.load
     cleanup: float = 5.0  # io.containerd.timeout.shim.cleanup
     shutdown: float = 3.0  # io.containerd.timeout.shim.shutdown
     state: float = 2.0  # io.containerd.timeout.task.state
+    call: float = 30.0  # io.wherry.timeout.task.call
+    create: float = 100.0  # io.wherry.timeout.task.create
 
     @classmethod
     def of(cls, config: Config) -> Limits:
@@ -52,6 +59,8 @@ class Limits:
             config.timeout(f"{prefix}.shim.cleanup", cls.cleanup),
             config.timeout(f"{prefix}.shim.shutdown", cls.shutdown),
             config.timeout(f"{prefix}.task.state", cls.state),
+            config.timeout("io.wherry.timeout.task.call", cls.call),
+            config.timeout("io.wherry.timeout.task.create", cls.create),
         )
 
 
@@ -92,10 +101,11 @@ async def _connect(bootstrap: Bootstrap, limit: float, on_close: Callable[[Wherr
 class Shim:
     """One shim that answers, or did a moment ago. `lost` is done when it died by itself and was cleaned up after."""
 
-    def __init__(self, bundle: Bundle, launch: Launch, bootstrap: Bootstrap) -> None:
+    def __init__(self, bundle: Bundle, launch: Launch, bootstrap: Bootstrap, limits: Limits) -> None:
         self.bundle = bundle
         self.launch = launch
         self.bootstrap = bootstrap
+        self.limits = limits
         self.shim_log: ShimLog | None = None
         self.pid = 0  # of the container's init, as last heard
         self.mute = False  # its last answer didn't come in time
@@ -143,7 +153,7 @@ class Shim:
         return self.bundle.namespace, self.bundle.id
 
     async def call(
-        self, name: str, request: Message, response: type[R], limit: float | None = _CALL, service: str = ""
+        self, name: str, request: Message, response: type[R], limit: float | None = _USUAL, service: str = ""
     ) -> R:
         """Call a method of the task service, or of `service`.
 
@@ -155,6 +165,8 @@ class Shim:
         """
         if self._client is None:
             raise Unavailable(f"shim of {self.bundle.id} is not connected: unavailable")
+        if limit == _USUAL:
+            limit = self.limits.call
         try:
             answer = await self._client.call(
                 service or self._service, name, request, timeout=limit, metadata=self._metadata
@@ -163,8 +175,9 @@ class Shim:
             if limit is None:
                 raise
             self.mute = True
+            which = f" (pid {self.bootstrap.pid})" if self.bootstrap.pid else ""
             raise DeadlineExceeded(
-                f"shim of {self.bundle.id} did not answer {name} within {limit:g} s: deadline exceeded"
+                f"shim of {self.bundle.id}{which} did not answer {name} within {limit:g} s: deadline exceeded"
             ) from None
         except ClientClosed:
             if self.leaving:

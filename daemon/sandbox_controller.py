@@ -38,7 +38,6 @@ from wherry.proto.service import Context
 _NAMES = frozenset({"", "shim"})
 # seconds beyond what the caller grants a sandbox to stop
 _STOP_SLACK = 20.0
-_START = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class SandboxController:
         """Let it run. Raises NotFound, FailedPrecondition where it does already."""
         shim = await self._shims.get_sandbox(namespace, id)
         asked = shim_api.StartSandboxRequest(sandbox_id=id)
-        answer = await shim.call("StartSandbox", asked, shim_api.StartSandboxResponse, _START, SANDBOX)
+        answer = await shim.call("StartSandbox", asked, shim_api.StartSandboxResponse, shim.limits.create, SANDBOX)
         boot = shim.bootstrap
         return Started(
             answer.pid,

@@ -51,7 +51,6 @@ T = TypeVar("T")
 # containers that are made at the same time, and seconds for which one counts
 _AT_ONCE = max(2, len(os.sched_getaffinity(0)))
 _SHARE = 0.25
-_CREATE = 120.0  # mounts, hooks and the runtime's own start
 # a shim that said that it leaves tells first what the daemon hasn't confirmed, for 5 s at most (containerd's and ours)
 _FLUSH = 6.0
 # seconds that a listing waits for shims that the daemon has found at its start and not heard from yet
@@ -152,7 +151,7 @@ class Shims:
             if keep:
                 bundle.keep(keep)
             try:
-                return (await shim.call("Create", request, task.CreateTaskResponse, _CREATE)).pid
+                return (await shim.call("Create", request, task.CreateTaskResponse, shim.limits.create)).pid
             except WherryError as error:
                 raise from_code(error.code, f"failed to create shim task: {error.message}") from error
 
@@ -165,7 +164,7 @@ class Shims:
 
         async def make(shim: Shim) -> int:
             try:
-                await shim.call("CreateSandbox", request, sandbox.CreateSandboxResponse, _CREATE, SANDBOX)
+                await shim.call("CreateSandbox", request, sandbox.CreateSandboxResponse, shim.limits.create, SANDBOX)
             except WherryError as error:
                 raise from_code(error.code, f"failed to create sandbox {bundle.id}: {error.message}") from error
             return 0
@@ -193,7 +192,7 @@ class Shims:
             host = await self.get_sandbox(key[0], launch.host) if launch.host else None
             bundle.create(spec, launch)
             reach("daemon.create.bundled")
-            shim = Shim(bundle, launch, self._starter.planned(bundle, launch))
+            shim = Shim(bundle, launch, self._starter.planned(bundle, launch), self._limits)
             try:
                 async with self._gate.turn():
                     began = time.perf_counter()
@@ -397,7 +396,7 @@ class Shims:
         for bundle in find(self._places.tasks):
             key = bundle.namespace, bundle.id
             launch = bundle.launch()
-            shim = Shim(bundle, launch, bundle.bootstrap() or self._starter.planned(bundle, launch))
+            shim = Shim(bundle, launch, bundle.bootstrap() or self._starter.planned(bundle, launch), self._limits)
             self._loading[key] = shim
             self._starter.use(shim)  # before any of them is looked at: one may be another's, too
             self._spawn(self._load(shim))

@@ -142,7 +142,7 @@ class Starter:
 
     def _at(self, shim: Shim, bootstrap: Bootstrap) -> Shim:
         shim.bundle.write_bootstrap(bootstrap)
-        return Shim(shim.bundle, shim.launch, bootstrap)
+        return Shim(shim.bundle, shim.launch, bootstrap, shim.limits)
 
     async def _fork(self, shim: Shim, options: any_pb2.Any) -> None:
         # recorded before there is one: a daemon that dies in between finds the shim at its planned address

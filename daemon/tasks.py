@@ -37,8 +37,6 @@ log = structlog.get_logger(__name__)
 _RUNTIME_LABEL = "containerd.io/defaults/runtime"
 # annotations whose value names the shim that containers share, the first of them counts (containerd-shim-runc-v2's)
 _GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
-# seconds; a process that is started runs the runtime's whole set-up and the hooks
-_START = 120.0
 # seconds; a checkpoint writes all that the processes have in memory
 _CHECKPOINT = 600.0
 # seconds that a listing gives a shim that was mute the last time
@@ -112,7 +110,7 @@ class TaskService:
         shim = await self._shim(request.container_id, context)
         asked = shim_api.StartRequest(id=shim.bundle.id, exec_id=request.exec_id)
         reach("daemon.start.asked")
-        started = await shim.call("Start", asked, shim_api.StartResponse, _START)
+        started = await shim.call("Start", asked, shim_api.StartResponse, shim.limits.create)
         reach("daemon.start.done")
         return pb.StartResponse(pid=started.pid)
 

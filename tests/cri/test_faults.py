@@ -250,6 +250,86 @@ def test_a_stopped_shim_delays_nobody_and_is_told_of_in_time(own: WherryLab) -> 
     well.delete()
 
 
+@pytest.fixture
+def hasty() -> Iterator[WherryLab]:
+    """A node that gives up on a shim sooner, and nothing else."""
+    more = '[timeouts]\n"io.wherry.timeout.task.call" = "4s"\n"io.wherry.timeout.task.create" = "6s"'
+    with contextlib.closing(WherryLab(more)) as lab:
+        yield lab
+
+
+def test_every_call_to_a_stopped_shim_is_answered(hasty: WherryLab) -> None:
+    """Within its own limit, with what an operator needs; what can be known without the shim is answered as ever."""
+    lab, kubelet = hasty, hasty.kubelet
+    pods = [_pod_of_two(lab, f"sick-{number}") for number in range(3)]
+    (pod, main, made), (_, other, _), (third, last, _) = pods
+    shims = [pid for name, _, _ in pods for pid in shims_of(lab, name)]
+    assert len(shims) >= 3
+    config = lab.pod_config("sick-0")
+    known: dict[str, Callable[[], Any]] = {
+        "PodSandboxStatus": lambda: kubelet.PodSandboxStatus(pod_sandbox_id=pod, verbose=True),
+        "ListPodSandbox": kubelet.ListPodSandbox,
+        "ContainerStatus": lambda: kubelet.ContainerStatus(container_id=main, verbose=True),
+        "ListContainers": kubelet.ListContainers,
+        "CreateContainer": lambda: lab.create(pod, lab.container_config("new", ["true"]), config),
+        "Exec": lambda: kubelet.Exec(container_id=main, cmd=["true"], stdout=True),
+        "Attach": lambda: kubelet.Attach(container_id=main, stdout=True),
+        "PortForward": lambda: kubelet.PortForward(pod_sandbox_id=pod, port=[80]),
+        "ContainerStats": lambda: kubelet.ContainerStats(container_id=main),
+        "ListContainerStats": kubelet.ListContainerStats,
+        "PodSandboxStats": lambda: kubelet.PodSandboxStats(pod_sandbox_id=pod),
+        "ListPodSandboxStats": kubelet.ListPodSandboxStats,
+        "ListPodSandboxMetrics": kubelet.ListPodSandboxMetrics,
+        "Status": kubelet.Status,
+    }
+    stopping = cri.StopContainerRequest(container_id=main, timeout=1)
+    wanted = cri.LinuxContainerResources(cpu_shares=500)
+    silent: dict[str, Callable[[], Any]] = {
+        "StartContainer": lambda: kubelet.StartContainer(container_id=made),
+        "StopContainer": lambda: kubelet.StopContainer(stopping),
+        "UpdateContainerResources": lambda: kubelet.UpdateContainerResources(container_id=other, linux=wanted),
+        "ExecSync": lambda: kubelet.ExecSync(container_id=main, cmd=["true"]),
+        "ReopenContainerLog": lambda: kubelet.ReopenContainerLog(container_id=other),
+        "RemoveContainer": lambda: kubelet.RemoveContainer(container_id=last),
+        "StopPodSandbox": lambda: kubelet.StopPodSandbox(pod_sandbox_id=third),
+        "RemovePodSandbox": lambda: kubelet.RemovePodSandbox(pod_sandbox_id=third),
+    }
+    errors: dict[str, Any] = {}
+    threads = [threading.Thread(target=_note, args=(errors, *item)) for item in {**known, **silent}.items()]
+    for pid in shims:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for pid in shims:
+            os.kill(pid, signal.SIGCONT)
+    assert {name for name, error in errors.items() if error} == set(silent), errors
+    for name in silent:
+        assert errors[name].code() is Status.DEADLINE_EXCEEDED, errors[name]
+        assert "shim of" in errors[name].details(), errors[name]
+    lab.remove_pods()
+    assert lab.daemon.settle(30) == []
+
+
+def _pod_of_two(lab: WherryLab, name: str) -> tuple[str, str, str]:
+    """A pod, a container of it that runs, one that is made."""
+    config = lab.pod_config(name, host_network=True)
+    pod = lab.run_pod(config)
+    main = lab.run(pod, lab.container_config("main", list(SLEEP)), config)
+    return pod, main, lab.create(pod, lab.container_config("made", list(SLEEP)), config)
+
+
+def _note(errors: dict[str, Any], name: str, call: Callable[[], Any]) -> None:
+    errors[name] = None
+    try:
+        call()
+    except grpc.RpcError as error:
+        errors[name] = error
+
+
 def test_a_shim_that_is_killed_ends_its_pod_and_the_next_one_is_made(own: WherryLab) -> None:
     worker = Worker(own, "orphaned", [Spec("main", SLEEP)])
     worker.settle()
