@@ -100,7 +100,7 @@ _OF_THE_HIERARCHY = "limit or cgroup or device_rules or pause_and or update or k
 #: needs daemons that aren't in the image (test_callers).
 _LANES = (
     (
-        (_OURS, "attacks attacks_naive borrowed borrowed_exec exec hooks lifecycle terminal process"),
+        (_OURS, "attacks attacks_naive borrowed borrowed_exec entering exec hooks lifecycle terminal process"),
         (f"({_OF_THE_HIERARCHY}) and runc", "process lifecycle filesystem"),
     ),
     (
@@ -129,12 +129,7 @@ def test_those_of_the_host_hold_here(machine: Machine) -> None:
         )
         for lane in _LANES
     ]
-    script = "cd /opt/src\n" + "".join(
-        f'( failed=0\n{lane}\nexit $failed ) >/root/lane-{number} 2>&1 &\npids="$pids $!"\n'
-        for number, lane in enumerate(lanes)
-    )
-    script += "bad=0; for pid in $pids; do wait $pid || bad=1; done; cat /root/lane-*; exit $bad"
-    done = machine.run(script, timeout=560)
+    done = machine.lanes([f"cd /opt/src\nfailed=0\n{lane}\nexit $failed" for lane in lanes], timeout=560)
     print(done.out)
     assert done.code == 0, done.out
     assert "fails on this kernel's vdso" not in done.out
