@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -125,6 +126,23 @@ class Machine:
             raise AssertionError(f"exit code {done.code} in the VM of:\n{script}\n--- output:\n{done.out}")
         return done.out.rstrip("\n")
 
+    def lanes(self, scripts: Sequence[str], timeout: float) -> Done:
+        """Scripts side by side; their output one after the other, the code of one that failed."""
+        begin = "".join(f'( {lane}\n) >/root/lane-{at} 2>&1 &\npids="$pids $!"\n' for at, lane in enumerate(scripts))
+        end = "bad=0; for pid in $pids; do wait $pid || bad=$?; done; cat /root/lane-*; exit $bad"
+        return self.run(f"rm -f /root/lane-*\n{begin}{end}", timeout)
+
+    def wait(self, script: str, seconds: int = 180, tell: str = "") -> str:
+        """A script until it succeeds, and its output then; a failure has that of the script `tell`, too."""
+        loop = (
+            f"end=$((SECONDS + {seconds}))\nuntil out=$( {{ {script}\n}} 2>&1 ); do\n"
+            '  [ $SECONDS -lt $end ] || { echo "$out"; exit 1; }\n  sleep 0.2\ndone\necho "$out"'
+        )
+        done = self.run(loop, seconds + 60)
+        if done.code:
+            raise AssertionError(f"not within {seconds} s in the VM:\n{script}\n{done.out}\n{self.run(tell).out}")
+        return done.out.rstrip("\n")
+
     def _receive(self, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
         while b"\n" not in self._pending:
@@ -146,6 +164,11 @@ class Machine:
         if keep := os.environ.get("WHERRY_VM_CONSOLE"):
             shutil.copy(self._folder / "console", keep)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def chosen(tests: Mapping[str, str]) -> str:
+    """pytest's -k for several files: a file's name, and which of its tests."""
+    return " or ".join(f"({name} and ({which}))" for name, which in tests.items())
 
 
 def remove(machine: Machine, name: str) -> None:
