@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from tests.vm.machine import Machine, remove
 
 IMAGE = "docker.io/library/busybox:test"
@@ -20,9 +18,9 @@ def test_the_machine_is_pure_v2(machine: Machine) -> None:
     assert machine.check("cat /proc/1/comm") == "systemd"
 
 
-@pytest.mark.parametrize("tests", ["tests/linux/test_cgroups.py", "tests/runtime/test_seccomp.py"])
-def test_those_of_the_host_hold_here(machine: Machine, tests: str) -> None:
-    machine.check(f"cd /opt/src && python -B -m pytest -q --assert=plain -p no:cacheprovider {tests}", timeout=110)
+def test_those_of_the_host_hold_here(machine: Machine) -> None:
+    words = "python -B -m pytest -q --assert=plain -p no:cacheprovider tests/linux/test_cgroups.py"
+    machine.check(f"cd /opt/src && {words}", timeout=200)
 
 
 def test_run_prints_and_passes_the_code_on(daemon: Machine) -> None:
