@@ -26,8 +26,8 @@ _OURS = ("wherry.", "google.protobuf.")
 # PEP 552: magic number, no flags (the time decides, not a hash), time, size
 _PLAIN = MAGIC_NUMBER + b"\0\0\0\0"
 _HEADER = 16
-# most modules fit
-_CHUNK = 1 << 16
+# what is read into, one after the other: most modules fit, and memory isn't asked for and given back each time
+_buffers = [bytearray(1 << 18)]
 
 
 def install() -> None:
@@ -48,13 +48,18 @@ class Loader(SourceFileLoader):
         """The module's code: from its bytecode, or as it is got elsewhere."""
         found = self._found
         time, size = int(found.st_mtime) & 0xFFFFFFFF, found.st_size & 0xFFFFFFFF
+        buffer = _buffers.pop() if _buffers else bytearray()  # another thread has it
         try:
-            data = _read(_bytecode(self.path))
-            if data[:_HEADER] == _PLAIN + time.to_bytes(4, "little") + size.to_bytes(4, "little"):
-                code: CodeType = loads(memoryview(data)[_HEADER:])  # noqa: S302 - as importlib does
+            length = _read(_bytecode(self.path), buffer)
+            header = _PLAIN + time.to_bytes(4, "little") + size.to_bytes(4, "little")
+            if _HEADER < length < len(buffer) and buffer[:_HEADER] == header:
+                code: CodeType = loads(memoryview(buffer)[_HEADER:length])  # noqa: S302 - as importlib does
                 return code
         except (OSError, EOFError, ValueError, TypeError):
             pass  # there is none, or it was cut off
+        finally:
+            if buffer:
+                _buffers.append(buffer)
         return super().get_code(fullname)
 
 
@@ -99,13 +104,9 @@ def _bytecode(source: str) -> str:
     return f"{folder}/__pycache__/{name[:-3]}.{sys.implementation.cache_tag}.pyc"
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, buffer: bytearray) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        data = chunk = os.read(descriptor, _CHUNK)
-        while len(chunk) == _CHUNK:
-            chunk = os.read(descriptor, _CHUNK)
-            data += chunk
+        return os.readv(descriptor, [buffer])
     finally:
         os.close(descriptor)
-    return data
