@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from typing import NamedTuple
 
 from wherry.cli.command import GROUPS, Group
 from wherry.cli.table import Command, Parser, find, parser_for
+from wherry.core.tuples import NamedTuple
 
 
 class Entry(NamedTuple):

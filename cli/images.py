@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.cli import image_changes, image_files, pull, push, registries, system
 from wherry.cli.arguments import pairs
@@ -16,6 +16,7 @@ from wherry.client.manifests import Picture, picture, walk
 from wherry.client.unpack import unpacked
 from wherry.core.errors import AlreadyExists, NotFound, WherryError
 from wherry.core.mediatypes import is_index
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,10 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
+
+from wherry.core.hints import Generic, TypeVar
+from wherry.core.tuples import NamedTuple
 
 T = TypeVar("T")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.cli.arguments import pairs
 from wherry.cli.output import Column, labels, listing, listing_options, now, print_json, size, when
 from wherry.cli.table import Command
 from wherry.client.snapshots import Snapshot
 from wherry.core.errors import NotFound
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

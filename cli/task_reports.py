@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wherry.cli.output import Column, listing, listing_options, print_json, table, when
 from wherry.cli.table import Command
 from wherry.client.samples import decode, flatten
 from wherry.core.errors import NotFound
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.cli.session import Session

@@ -14,7 +14,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from wherry.client.building import children, store_document
 from wherry.client.images import Image
@@ -32,6 +32,7 @@ from wherry.core.mediatypes import (
     is_index,
     is_manifest,
 )
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.client.api import Client

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import tarfile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.client.users import layers
 from wherry.core.errors import FailedPrecondition
 from wherry.core.mediatypes import OCI_LAYER
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.client.api import Client

@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wherry.client.building import store_document, timestamp
 from wherry.client.finding import find
@@ -18,6 +18,7 @@ from wherry.core import mediatypes, platforms
 from wherry.core.descriptor import Descriptor
 from wherry.core.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, WherryError
 from wherry.core.labels import UNCOMPRESSED
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.client.api import Client

@@ -15,9 +15,10 @@ import contextlib
 import errno
 import os
 import subprocess
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument
+from wherry.core.tuples import NamedTuple
 from wherry.linux import mounts as kernel
 from wherry.linux import quota
 from wherry.linux.syscalls import MNT_DETACH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.empty_pb2 import Empty
@@ -14,6 +14,7 @@ from wherry.client.transport import Calls
 from wherry.client.values import seconds
 from wherry.core import typeurl
 from wherry.core.errors import NotFound, Unavailable, Unimplemented
+from wherry.core.tuples import NamedTuple
 from wherry.proto import events_pb2, images_pb2, runc_options_pb2, types_pb2  # noqa: F401 - declares what events hold
 from wherry.proto import events_service_pb2 as pb
 from wherry.proto import wherry_events_pb2 as kept_pb

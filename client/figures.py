@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.client.usage import usage
 from wherry.core import typeurl
+from wherry.core.tuples import NamedTuple
 from wherry.proto import cgroups_v1_pb2, cgroups_v2_pb2
 
 if TYPE_CHECKING:

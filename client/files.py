@@ -19,9 +19,10 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from wherry.core.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from wherry.core.tuples import NamedTuple
 from wherry.linux import syscalls
 
 if TYPE_CHECKING:

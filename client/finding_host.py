@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+
+from wherry.core.tuples import NamedTuple
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from wherry.client.transport import Calls
+from wherry.core.tuples import NamedTuple
 from wherry.proto import wherry_gc_pb2 as pb
 
 _SERVICE = "wherry.gc.v1.Gc"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.client.transport import Calls
 from wherry.core.errors import Code
+from wherry.core.tuples import NamedTuple
 from wherry.proto import introspection_pb2 as pb
 from wherry.proto import version_pb2
 

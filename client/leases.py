@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 
 from wherry.client.transport import Calls
 from wherry.client.values import seconds
 from wherry.core.labels import GC_EXPIRE
+from wherry.core.tuples import NamedTuple
 from wherry.proto import leases_pb2 as pb
 
 _SERVICE = "containerd.services.leases.v1.Leases"

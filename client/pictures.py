@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wherry.client.manifests import picture
 from wherry.core.errors import InvalidArgument, NotFound, WherryError
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.client.api import Client

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from wherry.client.registry_end import Registry, registry_end
 from wherry.client.transport import Calls
@@ -12,6 +12,7 @@ from wherry.client.values import descriptor_from, platform_message
 from wherry.core.descriptor import Descriptor
 from wherry.core.errors import DataLoss
 from wherry.core.platforms import Platform
+from wherry.core.tuples import NamedTuple
 from wherry.proto import wherry_registry_pb2 as pb
 
 _SERVICE = "wherry.registry.v1.Registry"

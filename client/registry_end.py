@@ -6,7 +6,6 @@ import base64
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 
 from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.message import Message
@@ -15,6 +14,7 @@ from wherry.client.transport import Calls, Stream
 from wherry.core import typeurl
 from wherry.core.credentials import Lookup
 from wherry.core.errors import Unauthenticated, WherryError
+from wherry.core.tuples import NamedTuple
 from wherry.proto import streaming_pb2
 from wherry.proto import transfer_types_pb2 as types
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import NamedTuple
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -13,6 +12,7 @@ from wherry.client.transport import Calls
 from wherry.client.values import platform_message
 from wherry.core import typeurl
 from wherry.core.platforms import Platform
+from wherry.core.tuples import NamedTuple
 from wherry.proto import transfer_pb2 as pb
 from wherry.proto import transfer_types_pb2 as types
 from wherry.proto import wherry_registry_pb2 as registry_pb

@@ -16,10 +16,11 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wherry.client.finding import find
 from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from wherry.core.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from wherry.client.api import Client

@@ -126,3 +126,24 @@ def test_modules_that_are_loaded_late_are_whole() -> None:
         "e3b0 False a\\n",
         "_Deferred True ['y']",
     ], done.stderr
+
+
+_EACH = """
+import os, pkgutil, sys
+from wherry.cli import startup
+startup.prepare()
+import wherry.cli, wherry.client
+for package in (wherry.cli, wherry.client):
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "__main__" and not os.fork():
+            __import__(f"{package.__name__}.{module.name}")
+            os._exit(0)
+        if module.name != "__main__" and os.wait()[1]:
+            print(package.__name__, module.name)
+"""
+
+
+def test_every_module_can_be_the_first() -> None:
+    """Each of them finds what it needs in what stands in place of other modules."""
+    done = subprocess.run([sys.executable, "-c", _EACH], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
