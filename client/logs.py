@@ -22,6 +22,8 @@ from wherry.core.errors import FailedPrecondition, InvalidArgument, NotFound
 __all__ = ["Entry", "find", "folder", "nanoseconds", "open_file", "read"]
 
 _CHUNK = 1 << 16
+# so many records before the last lines may hold their parts, between those of the other stream
+_FURTHER = 256
 # seconds between looks at a log that is followed: just after something came, and when nothing does (a look costs 20 µs;
 # what would tell of writes needs either a signal, which is the program's, or a library)
 _LOOK = 0.002, 0.05
@@ -131,15 +133,23 @@ class _Reader:
     def last(self, lines: int) -> list[Entry]:
         """The last lines of what is there now, with their parts; the rest is left unread."""
         found: deque[Entry] = deque()
-        count = 0
-        for fd in reversed(self._files):
-            for entry in _backwards(fd, self._parse):
-                if entry.data.endswith(b"\n") or not found:
+        seen: set[str] = set()  # streams of which a record was kept
+        whole: set[str] = set()  # of these, those whose oldest line here has all its parts
+        count = further = 0
+        backwards = (entry for fd in reversed(self._files) for entry in _backwards(fd, self._parse))
+        for entry in backwards if lines > 0 else ():
+            stream = entry.stream
+            if entry.data.endswith(b"\n") or stream not in seen:  # the last record of a line
+                if count == lines:
+                    whole.add(stream)
+                else:
                     count += 1
-                    if count > lines:
-                        break
+            if stream not in whole:
+                seen.add(stream)
                 found.appendleft(entry)
-            if count > lines:
+            # the streams' parts lie between each other; one that is silent before its line isn't looked for for ever
+            further += count == lines
+            if further > _FURTHER or (count == lines and seen <= whole):
                 break
         for fd in self._files:
             os.lseek(fd, 0, os.SEEK_END)

@@ -222,7 +222,7 @@ def test_files_are_found_while_a_rotation_renames_them(tmp_path: Path) -> None:
     """Between two renames one number is missing: that isn't the end of the files."""
     for number in (1, 3):
         (tmp_path / f"json.log.{number}").write_text("")
-    reader = logs._Reader(str(tmp_path))
+    reader = logs._reader(str(tmp_path))
     try:
         assert [os.fstat(fd).st_ino for fd in reader._files] == [
             (tmp_path / f"json.log.{number}").stat().st_ino for number in (3, 1)
@@ -236,7 +236,7 @@ def test_a_follower_may_begin_with_the_last_lines_or_with_none(tmp_path: Path) -
         folder = tmp_path / str(tail)
         log = LogFile(str(folder), 0, 1)
         log.add("stdout", [b"1\n", b"2\n", b"3\n"])
-        reader = logs._Reader(str(folder))
+        reader = logs._reader(str(folder))
         try:
             assert b"".join(entry.data for entry in reader.last(tail)) == before
             log.add("stdout", [b"4\n"])
@@ -256,6 +256,24 @@ def test_the_last_lines_are_counted_with_their_parts_and_over_files(tmp_path: Pa
     assert got == b"118 and its end\n119 and its end\nhalf"
     everything = b"".join(entry.data for entry in logs.read(str(tmp_path)))
     assert b"".join(entry.data for entry in logs.read(str(tmp_path), tail=100_000)) == everything
+
+
+def test_the_last_lines_are_whole_where_the_other_stream_wrote_between_their_parts(tmp_path: Path) -> None:
+    log = LogFile(str(tmp_path), 0, 1)
+    log.add("stdout", [b"before\n", b"a"])
+    log.add("stderr", [b"between\n"])
+    log.add("stdout", [b"b"])
+    log.add("stderr", [b"half"])
+    log.add("stdout", [b"c\n"])
+    log.close()
+    data = [[entry.data for entry in logs.read(str(tmp_path), tail=tail)] for tail in range(5)]
+    assert data == [
+        [],
+        [b"a", b"b", b"c\n"],
+        [b"a", b"b", b"half", b"c\n"],
+        [b"a", b"between\n", b"b", b"half", b"c\n"],
+        [b"before\n", b"a", b"between\n", b"b", b"half", b"c\n"],
+    ]
 
 
 def test_half_a_record_is_passed_over(tmp_path: Path) -> None:
