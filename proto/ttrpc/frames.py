@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from enum import IntEnum
 
 from google.protobuf.message import DecodeError
 
@@ -107,8 +106,11 @@ class Parser:
         return found
 
 
-class State(IntEnum):
-    """Where a stream is in its life; the same seen from both sides."""
+class State:
+    """Where a stream is in its life; the same seen from both sides.
+
+    Numbers, as `Input` is: an enumeration's members are hashed in Python, several times for each message.
+    """
 
     IDLE = 0
     # both sides may send
@@ -118,7 +120,7 @@ class State(IntEnum):
     CLOSED = 3
 
 
-class Input(IntEnum):
+class Input:
     """What happens to a stream, named by who does it."""
 
     CALL = 0
@@ -130,7 +132,8 @@ class Input(IntEnum):
     ANSWER = 6
 
 
-TRANSITIONS: Mapping[tuple[State, Input], State] = {
+# state and input: the state that follows
+TRANSITIONS: Mapping[tuple[int, int], int] = {
     (State.IDLE, Input.CALL): State.HALF,
     (State.IDLE, Input.CALL_OPEN): State.OPEN,
     (State.OPEN, Input.CALL_DATA): State.OPEN,
@@ -199,7 +202,7 @@ class ServerConnection:
     def __init__(self) -> None:
         self._parser = Parser()
         self._last = 0
-        self.streams: dict[int, State] = {}
+        self.streams: dict[int, int] = {}
 
     def receive(self, data: bytes) -> list[Call | Payload | Reply]:
         """What these bytes bring, in order. Raises ProtocolError for what isn't ttrpc: then close the connection."""
@@ -259,12 +262,12 @@ class ServerConnection:
     def _refuse(self, stream_id: int, text: str) -> Reply:
         return Reply(encode_answer(stream_id, code=Code.INVALID_ARGUMENT, message=text))
 
-    def _step(self, stream_id: int, step: Input) -> bool:
+    def _step(self, stream_id: int, step: int) -> bool:
         """Move a stream on; False where it is over (its caller was refused meanwhile)."""
         state = TRANSITIONS.get((self.streams.get(stream_id, State.CLOSED), step))
         if state is None:
             return False
-        if state is State.CLOSED:
+        if state == State.CLOSED:
             del self.streams[stream_id]
         else:
             self.streams[stream_id] = state
@@ -307,7 +310,7 @@ class ClientConnection:
     def __init__(self) -> None:
         self._parser = Parser()
         self._next = 1
-        self.streams: dict[int, State] = {}
+        self.streams: dict[int, int] = {}
 
     def call(
         self,
@@ -344,7 +347,7 @@ class ClientConnection:
 
     def close_send(self, stream_id: int) -> bytes:
         """The bytes that say that no more requests follow; none where the stream is over or that was said."""
-        if self.streams.get(stream_id) is not State.OPEN:
+        if self.streams.get(stream_id) != State.OPEN:
             return b""
         self.streams[stream_id] = State.HALF
         return encode(stream_id, DATA, REMOTE_CLOSED | NO_DATA)
@@ -353,7 +356,7 @@ class ClientConnection:
         """Nobody waits for this stream any more; what still comes on it is dropped (ttrpc has no way to cancel)."""
         self.streams.pop(stream_id, None)
 
-    def _step(self, stream_id: int, step: Input) -> None:
+    def _step(self, stream_id: int, step: int) -> None:
         state = TRANSITIONS.get((self.streams.get(stream_id, State.CLOSED), step))
         if state is None:
             raise InvalidArgument(f"stream {stream_id} is closed")

@@ -164,33 +164,37 @@ def test_a_client_drops_what_it_no_longer_waits_for() -> None:
         client.send(stream_id, b"")
 
 
-def drive(state: State) -> ServerConnection:
+def numbers(of: type) -> list[int]:
+    return [value for name, value in vars(of).items() if name.isupper()]
+
+
+def drive(state: int) -> ServerConnection:
     """A server whose stream 1 is in this state."""
     server = ServerConnection()
-    if state is not State.IDLE:
-        server.receive(request(1, flags=REMOTE_OPEN if state is State.OPEN else REMOTE_CLOSED))
-    if state is State.CLOSED:
+    if state != State.IDLE:
+        server.receive(request(1, flags=REMOTE_OPEN if state == State.OPEN else REMOTE_CLOSED))
+    if state == State.CLOSED:
         server.answer(1)
     return server
 
 
-@pytest.mark.parametrize(("state", "step"), list(itertools.product(State, Input)))
-def test_every_pair_of_state_and_input(state: State, step: Input) -> None:
+@pytest.mark.parametrize(("state", "step"), list(itertools.product(numbers(State), numbers(Input))))
+def test_every_pair_of_state_and_input(state: int, step: int) -> None:
     """A server (and where the caller acts: what it receives) does what the table says, and refuses the rest."""
     server = drive(state)
     following = TRANSITIONS.get((state, step))
     if step in {Input.CALL, Input.CALL_OPEN}:
-        (event,) = server.receive(request(1, flags=REMOTE_OPEN if step is Input.CALL_OPEN else 0))
+        (event,) = server.receive(request(1, flags=REMOTE_OPEN if step == Input.CALL_OPEN else 0))
         allowed = isinstance(event, Call)
     elif step in {Input.CALL_DATA, Input.CALL_END}:
-        events = server.receive(encode(1, DATA, REMOTE_CLOSED if step is Input.CALL_END else 0, b"x"))
+        events = server.receive(encode(1, DATA, REMOTE_CLOSED if step == Input.CALL_END else 0, b"x"))
         allowed = bool(events) and isinstance(events[0], Payload)
-    elif step is Input.ANSWER_DATA:
+    elif step == Input.ANSWER_DATA:
         allowed = server.send(1, b"x") != b""
-    elif step is Input.ANSWER_END:
+    elif step == Input.ANSWER_END:
         allowed = server.finish(1) != b""
     else:
         allowed = server.answer(1, b"x") != b""
     assert allowed == (following is not None)
     if following is not None:
-        assert server.streams.get(1, State.CLOSED) is following
+        assert server.streams.get(1, State.CLOSED) == following
