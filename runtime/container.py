@@ -11,6 +11,9 @@ How a shim uses it::
     ... waitpid(pid) ...                                  # the shim is a subreaper: init is its child now
     container.forked(container.delete, root, id)
 
+An exec is `forked(exec_process, request)`, or `exec_quickly(request)`, which forks only where it must; `entering` is
+that for a caller that doesn't wait (a shim).
+
 `create` and `exec_process` may also be called without `forked`: init is then a direct child of the caller. They leave
 the calling process as it was (its namespaces, cgroup, cwd, descriptors). With `forked` the caller must be a subreaper
 (`wherry.linux.process.set_child_subreaper`) and init becomes its child by the time `forked` returns.

@@ -33,7 +33,7 @@ from wherry.linux import calls, cgroups, process
 from wherry.linux.cgroups.files import read_or_empty
 from wherry.linux.cgroups.layout import host
 from wherry.runtime import entering_calls as steps
-from wherry.runtime import identity, make, seccomp, spec, state
+from wherry.runtime import identity, kernel, make, seccomp, spec, state
 from wherry.runtime.entering_look import Uncommon, look
 from wherry.runtime.errors import ContainerError
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from wherry.runtime.state import State
 
 # fields of a process that few have, and that aren't done here
-_UNCOMMON = ("terminal", "scheduler", "ioPriority", "execCPUAffinity", "apparmorProfile", "selinuxLabel")
+_UNCOMMON = ("terminal", "scheduler", "ioPriority", "execCPUAffinity")
+_LABELS = ("apparmorProfile", "selinuxLabel")
 
 # how many processes are in somebody's namespaces with this process's memory
 _entering = 0
@@ -150,7 +151,8 @@ def begin(request: ExecRequest) -> Entering | None:
 def _begin(request: ExecRequest, stdio: tuple[int, int, int], fds: list[int]) -> Entering:
     asked = request.process
     spec.validate_process(asked)
-    if any(asked.get(name) for name in _UNCOMMON):
+    labelled = any(asked.get(name) for name in _LABELS)
+    if any(asked.get(name) for name in _UNCOMMON) or (labelled and not kernel.label_path(asked)):
         raise Uncommon
     found = state.load(request.root, request.id)
     init = _open(request, found, fds)
@@ -167,7 +169,7 @@ def _begin(request: ExecRequest, stdio: tuple[int, int, int], fds: list[int]) ->
     try:
         steps.isolate(made, stdio, init)
         steps.settle(made, asked, [] if cgroup_fd >= 0 else list(dict.fromkeys(cgroup.paths.values())))
-        steps.enter(made, found.namespaces)
+        steps.enter(made, found.namespaces, asked)
         steps.limit(made, asked)
         steps.join_keyring(made, found.id)
         steps.become(made, asked, container.filter)

@@ -9,7 +9,7 @@ import struct
 from wherry.linux import capabilities
 from wherry.linux import syscalls as sc
 from wherry.linux.namespaces import FLAGS
-from wherry.runtime import identity, spec
+from wherry.runtime import identity, kernel, spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wherry.linux.calls import Calls
 
 # system calls on x86-64
+_WRITE, _OPENAT = 1, 257
 _CLOSE, _FCHDIR, _UMASK, _SETGROUPS, _SETRESUID, _SETRESGID, _SETSID = 3, 81, 95, 116, 117, 119, 112
 _CAPSET, _PRCTL, _KEYCTL, _DUP3, _PRLIMIT, _SETNS, _SECCOMP, _EXECVE = 126, 157, 250, 292, 302, 308, 317, 59
 _CLOSE_RANGE, _OPENAT2 = 436, 437
@@ -56,10 +57,19 @@ def settle(made: Calls, asked: dict[str, Any], directories: list[str]) -> None:
         made.write("/proc/self/oom_score_adj", str(score).encode(), _FILE)
 
 
-def enter(made: Calls, kinds: Iterable[str]) -> None:
-    """All of init's namespaces of these kinds, in one call. (The pid namespace was the helper's business.)"""
+def enter(made: Calls, kinds: Iterable[str], asked: dict[str, Any]) -> None:
+    """All of init's namespaces of these kinds, in one call. (The pid namespace was the helper's business.)
+
+    The label for the exec is written by the host's /proc: the container's could be a fake."""
+    label = kernel.label_path(asked)
+    if label:
+        made.add(_OPENAT, sc.AT_FDCWD, made.text(label), os.O_WRONLY | os.O_CLOEXEC)
     made.add(_SETNS, INIT, sum(FLAGS[kind] for kind in kinds if kind != "pid"))
     made.add(_CLOSE, INIT)
+    if label:
+        text = kernel.label_text(asked)
+        made.add(_WRITE, _FILE, made.data(text), len(text))
+        made.add(_CLOSE, _FILE)
 
 
 def limit(made: Calls, asked: dict[str, Any]) -> None:

@@ -129,15 +129,25 @@ def check_labels(process: dict[str, Any], linux: dict[str, Any]) -> None:
         raise ContainerError("selinux label is specified in config, but selinux is disabled or not supported")
 
 
-def open_label(process: dict[str, Any]) -> int:
-    """Where the label for the next exec is written, opened on the host's /proc: the container's could be a fake."""
+def label_path(process: dict[str, Any]) -> str:
+    """The file that the label for the next exec is written to, on the host's /proc; "" without a label or a file."""
     if process.get("apparmorProfile"):
         for path in ("/proc/self/attr/apparmor/exec", "/proc/self/attr/exec"):
             if os.path.exists(path):
-                return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    if process.get("selinuxLabel"):
-        return os.open("/proc/self/attr/exec", os.O_WRONLY | os.O_CLOEXEC)
-    return -1
+                return path
+    return "/proc/self/attr/exec" if process.get("selinuxLabel") else ""
+
+
+def label_text(process: dict[str, Any]) -> bytes:
+    """What is written there."""
+    profile = process.get("apparmorProfile")
+    return (f"exec {profile}" if profile else str(process["selinuxLabel"])).encode()
+
+
+def open_label(process: dict[str, Any]) -> int:
+    """Where the label for the next exec is written, opened on the host's /proc: the container's could be a fake."""
+    path = label_path(process)
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC) if path else -1
 
 
 def write_label(fd: int, process: dict[str, Any]) -> None:
@@ -145,7 +155,7 @@ def write_label(fd: int, process: dict[str, Any]) -> None:
         return
     profile = process.get("apparmorProfile")
     try:
-        os.write(fd, (f"exec {profile}" if profile else process["selinuxLabel"]).encode())
+        os.write(fd, label_text(process))
     except OSError as error:
         what = f"apply apparmor profile {profile}" if profile else f"set selinux label {process['selinuxLabel']}"
         raise ContainerError(f"unable to {what}: {(error.strerror or '').lower()}") from None

@@ -322,12 +322,27 @@ assert container.entering(asked("true", change={"env": ["PATH=/bin"]})) is None
     run(own_bundle, body)
 
 
+def test_a_label_that_is_not_known(bundle: Bundle) -> None:
+    """What a host with AppArmor does with one that is, tests/vm/test_apparmor.py shows."""
+    body = """
+change = {"apparmorProfile": "wherry-nosuch"}
+begun = container.entering(asked("true", change=change))
+assert begun is None or end(begun) == 0
+if begun is not None:
+    try:
+        container.exec_quickly(asked("true", change=change))
+    except ContainerError as error:
+        assert "unable to apply apparmor profile wherry-nosuch" in error.message, error.message
+        print("refused")
+"""
+    assert run(bundle, body) in (["refused"], [])
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"terminal": True},
         {"scheduler": {"policy": "SCHED_BATCH"}},
-        {"apparmorProfile": "x"},
         {"env": ["PATH=bin:/bin"]},
         {"cwd": "relative"},
         {"rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 1 << 70}]},
