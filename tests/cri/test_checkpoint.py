@@ -61,11 +61,18 @@ def count(lab: GuestLab, container: str) -> int:
     return int(lab.until(lambda: lab.exec(container, "cat", "/count"), "it has counted", 60))
 
 
+def new_pod(lab: GuestLab) -> tuple[str, Any]:
+    """A pod, and its configuration."""
+    config = lab.pod_config(host_network=True)
+    if REAL:
+        config.linux.cgroup_parent = f"wherrytest-{config.metadata.uid.replace('-', '_')}.slice"
+    return lab.run_pod(config), config
+
+
 @pytest.fixture(scope="module")
 def archive(lab: GuestLab) -> tuple[Path, int]:
     """A checkpoint, and how far the container had come when it was asked for; it ran on, and is gone."""
-    config = lab.pod_config(host_network=True)
-    pod = lab.run_pod(config)
+    pod, config = new_pod(lab)
     made = lab.container_config("counter", ["sh", "-c", COUNT])
     made.annotations.update({"io.kubernetes.container.hash": "old", "own": "kept"})
     made.labels["io.kubernetes.container.name"] = "counter"
@@ -116,8 +123,7 @@ def _file(tar: tarfile.TarFile, name: str) -> Any:
 
 def restored(lab: GuestLab, image: str, before: int) -> None:
     """A container of that image, in another pod, goes on where the checkpointed one was."""
-    config = lab.pod_config(host_network=True)
-    pod = lab.run_pod(config)
+    pod, config = new_pod(lab)
     made = cri.ContainerConfig(
         metadata=cri.ContainerMetadata(name="counter"),
         image=cri.ImageSpec(image=image, user_specified_image=image),
@@ -205,8 +211,7 @@ def write_image(target: Path, layer: bytes, name: str, annotations: dict[str, st
 
 
 def test_what_is_no_checkpoint(lab: GuestLab, archive: tuple[Path, int]) -> None:
-    config = lab.pod_config(host_network=True)
-    pod = lab.run_pod(config)
+    pod, config = new_pod(lab)
     damaged = lab.folder / "damaged.tar"
 
     def asked(image: Path) -> grpc.RpcError:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.cri.guest import GuestLab
-from tests.cri.kubelet import WherryLab
+from tests.cri.kubelet import WherryLab, refused
 from tests.cri.worker import stop
+from wherry.core import apparmor
 from wherry.proto import cri_pb2 as cri
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -130,3 +131,17 @@ def test_with_cgroupfs_a_parent_is_a_path(guest: GuestLab) -> None:
         assert not where.exists()
     finally:
         lab.close()
+
+
+def test_the_default_apparmor_profile_and_one_that_is_not_there(guest: GuestLab) -> None:
+    if not apparmor.enabled():
+        pytest.skip("this kernel has no AppArmor")
+    pod, container, config = make(guest, slice_of("eeee"), ["sleep", "1000"])
+    assert guest.exec(container, "cat", "/proc/1/attr/current").strip() == f"{apparmor.NAME} (enforce)"
+    made = guest.container_config("other", ["true"])
+    made.linux.security_context.apparmor.profile_type = cri.SecurityProfile.Localhost
+    made.linux.security_context.apparmor.localhost_ref = "wherry-nosuch"
+    request = cri.CreateContainerRequest(pod_sandbox_id=pod, config=made, sandbox_config=config)
+    error = refused(guest.kubelet.CreateContainer, request)
+    assert "apparmor profile not found wherry-nosuch" in error.details()
+    guest.remove_pods()
