@@ -69,6 +69,7 @@ class Applier:
         self._ids = itertools.count(1)
         self._starting = asyncio.Lock()
         self._worker: _Worker | None = None
+        self._leaving: list[_Worker] = []  # told to end, and perhaps not there yet
         self._busy = 0
         self._idle: asyncio.TimerHandle | None = None
 
@@ -152,7 +153,10 @@ class Applier:
             self._idle = None
         worker, self._worker = self._worker, None
         if worker is not None:
-            await worker.close()
+            self._retire(worker)
+        leaving, self._leaving = self._leaving, []
+        for each in leaving:
+            await each.ended()
 
     # one job
 
@@ -233,22 +237,25 @@ class Applier:
             return self._worker
 
     def _dismiss(self, worker: _Worker) -> None:
-        worker.retire()
+        self._retire(worker)
         if self._worker is worker:
             self._worker = None
+
+    def _retire(self, worker: _Worker) -> None:
+        worker.retire()
+        self._leaving = [each for each in self._leaving if each.alive] + [worker]
 
     def _rest(self) -> None:
         if self._busy or self._worker is None:
             return
         if self._idle is not None:
             self._idle.cancel()
-        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._retire)
+        self._idle = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._idled)
 
-    def _retire(self) -> None:
+    def _idled(self) -> None:
         self._idle = None
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.retire()
+        if self._worker is not None:
+            self._dismiss(self._worker)
 
 
 class _Worker:
@@ -308,8 +315,8 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
-    async def close(self) -> None:
-        self._control.close()
+    async def ended(self) -> None:
+        """After `retire`."""
         await self._process.wait()
 
 

@@ -16,18 +16,17 @@ import fcntl
 import logging
 import os
 import queue
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from wherry.core.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, WherryError
-from wherry.linux.mounts import Mount, mountinfo, unmount_all
+from wherry.linux.mounts import Mount
 from wherry.snapshotter import remap
+from wherry.snapshotter.deleting import delete_tree
 from wherry.snapshotter.interface import Info, Kind, Usage
 from wherry.snapshotter.metadata import Metadata, Record
-from wherry.snapshotter.usage import disk_usage, walk
+from wherry.snapshotter.usage import disk_usage
 
 log = logging.getLogger("wherry.snapshotter")
 
@@ -35,9 +34,6 @@ log = logging.getLogger("wherry.snapshotter")
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_TOPDIR_FL = 0x00020000
-
-LARGE = 500
-"""Trees with more entries are not deleted by this process."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -295,44 +291,6 @@ def _hold(root: str) -> int:
             f"the snapshots in {root} are served by another process: failed precondition"
         ) from None
     return fd
-
-
-def delete_tree(directory: str) -> None:
-    """Delete a directory with all that is in it; mounts that somebody left in it are detached. It may be gone.
-
-    Raises OSError.
-    """
-    try:
-        _delete(directory)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        below = directory + "/"
-        for info in reversed(mountinfo()):
-            if info.target.startswith(below):
-                unmount_all(info.target)
-        _delete(directory)
-
-
-def _delete(directory: str) -> None:
-    """Small trees here; large and deep ones by rm(1): an image's files, one by one, would take the interpreter from
-    other threads, and shutil has one frame of the stack for each level."""
-    large = any(number >= LARGE for number, _ in enumerate(walk(directory)))
-    if not large or not _removed_by_program(directory):
-        shutil.rmtree(directory)
-
-
-def _removed_by_program(directory: str) -> bool:
-    """Whether rm(1) could do it."""
-    try:
-        done = subprocess.run(
-            ["rm", "-rf", "--", directory], stdin=subprocess.DEVNULL, capture_output=True, check=False
-        )
-    except OSError:
-        return False
-    return done.returncode == 0
 
 
 def _explained(error: OSError, what: str) -> WherryError:
