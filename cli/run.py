@@ -38,8 +38,11 @@ async def run(session: Session, args: argparse.Namespace) -> int:
             return 0
         streams = set(args.attach)
         interactive = args.interactive and (not streams or "stdin" in streams)
+        # another daemon's runtimes may mount it twice
+        ours = getattr(client.calls.transport, "ours", False)
+        mounts = lifecycle.passing(launched.mounts) if args.rm and ours else launched.mounts
         status = await start_followed(
-            session, container, launched.mounts, interactive=interactive, signals=args.sig_proxy, keys=keys,
+            session, container, mounts, interactive=interactive, signals=args.sig_proxy, keys=keys,
             streams=streams,
         )  # fmt: skip
     except BaseException:

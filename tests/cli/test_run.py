@@ -21,6 +21,8 @@ from tests.cli.conftest import Wherry
 from tests.rootfs import build_busybox_rootfs
 from tests.wherryd import BUSYBOX, Wherryd
 
+SIGNS = "echo here > /sign; echo there; sleep 100"
+
 
 def read_until(descriptor: int, pattern: bytes, timeout: float = 15.0) -> bytes:
     data = b""
@@ -43,6 +45,30 @@ def test_output_input_and_exit_code(wherry: Wherry) -> None:
         "containers", "run", "--rm", BUSYBOX, "a", "sh", "-c", "cat; echo err >&2; exit 7", stdin="in\n", code=7
     )
     assert (done.stdout, done.stderr) == ("in\n", "err\n")
+
+
+def test_what_is_removed_at_its_end_waits_for_no_disk(wherry: Wherry, tmp_path: Path) -> None:
+    """The overlay of `run --rm` is volatile, and what looks at the files of a running container works."""
+    look = "grep -c 'overlay.*volatile' /proc/self/mountinfo"
+    assert wherry.run("run", "--rm", BUSYBOX, "sh", "-c", look).stdout == "1\n"
+    assert wherry.run("run", "--rm", "--read-only", BUSYBOX, "sh", "-c", look).stdout == "1\n"
+    wherry.run("run", "--name", "kept", BUSYBOX, "sh", "-c", look, code=1)
+    wherry.run("rm", "kept")
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(
+            wherry.start("run", "--rm", "--name", "passing", BUSYBOX, "sh", "-c", SIGNS, stdout=subprocess.PIPE)
+        )
+        stack.callback(process.kill)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+        assert "A /sign" in wherry.run("diff", "passing").stdout
+        wherry.run("cp", "passing:/sign", str(tmp_path))
+        assert (tmp_path / "sign").read_text() == "here\n"
+        wherry.run("images", "commit", "passing", "localhost/passing:1")
+        wherry.run("kill", "passing")
+        assert process.wait(30) == 137
+    assert wherry.run("run", "--rm", "localhost/passing:1", "cat", "/sign").stdout == "here\n"
+    assert "passing" not in wherry.run("ps", "-a").stdout
 
 
 def test_a_command_whose_time_is_over_leaves_nothing(wherry: Wherry, daemon: Wherryd) -> None:
