@@ -3,7 +3,10 @@ made it. Each test ends with its maker as it was: descriptors, namespaces, no ch
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -84,6 +87,11 @@ def entered(begun):
     return pid
 """
 CLOSED = "os.close(gate), os.close(opened)\n"
+
+
+def _confines() -> bool:
+    enabled = Path("/sys/module/apparmor/parameters/enabled")
+    return enabled.exists() and enabled.read_text().startswith("Y")
 
 
 def run(bundle: Bundle, body: str) -> list[str]:
@@ -322,8 +330,23 @@ assert container.entering(asked("true", change={"env": ["PATH=/bin"]})) is None
     run(own_bundle, body)
 
 
+@pytest.mark.skipif(not shutil.which("apparmor_parser") or not _confines(), reason="this kernel has no AppArmor")
+def test_a_label(bundle: Bundle) -> None:
+    profile = f"profile wherry-entering-{os.getpid()} flags=(attach_disconnected) {{ file, capability, signal, }}\n"
+    name = profile.split()[1]
+    subprocess.run(["apparmor_parser", "-r"], input=profile, text=True, check=True)
+    try:
+        body = f"""
+words = "sh", "-c", "grep -q '^{name} ' /proc/self/attr/current"
+assert wait(end(begin(*words, change={{"apparmorProfile": "{name}", "noNewPrivileges": False}}))) == 0
+assert wait(end(begin(*words))) == 1
+"""
+        run(bundle, body)
+    finally:
+        subprocess.run(["apparmor_parser", "-R"], input=profile, text=True, check=True)
+
+
 def test_a_label_that_is_not_known(bundle: Bundle) -> None:
-    """What a host with AppArmor does with one that is, tests/vm/test_apparmor.py shows."""
     body = """
 change = {"apparmorProfile": "wherry-nosuch"}
 begun = container.entering(asked("true", change=change))
