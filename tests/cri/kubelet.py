@@ -30,7 +30,7 @@ T = TypeVar("T")
 NAMESPACE = "k8s.io"
 CNI_BIN = "/usr/lib/cni"
 # calls of a kubelet have a deadline of two minutes, RunPodSandbox of four
-TIMEOUT = 60.0
+TIMEOUT = 100.0
 _CONTAINERD = """
 version = 2
 root = "{folder}/root"
@@ -175,10 +175,20 @@ class Lab:
         return cast("dict[str, Any]", json.loads(self.status(pod, verbose=True).info["info"]))
 
     def remove_pods(self) -> None:
-        """Stop and remove all pods, as a kubelet that drains a node."""
-        for item in self.kubelet.ListPodSandbox().items:
-            self.kubelet.StopPodSandbox(pod_sandbox_id=item.id)
-            self.kubelet.RemovePodSandbox(pod_sandbox_id=item.id)
+        """Stop and remove all pods, as a kubelet that drains a node: what doesn't answer in time is asked again."""
+        end = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                for item in self.kubelet.ListPodSandbox().items:
+                    self.kubelet.StopPodSandbox(pod_sandbox_id=item.id)
+                    self.kubelet.RemovePodSandbox(pod_sandbox_id=item.id)
+            except grpc.RpcError as error:
+                silent = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED
+                if error.code() not in silent or time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+            else:
+                return
 
     # -- containers
 
@@ -213,7 +223,7 @@ class Lab:
         """ContainerStatus."""
         return self.kubelet.ContainerStatus(container_id=container).status
 
-    def exited(self, container: str, timeout: float = 30) -> Any:
+    def exited(self, container: str, timeout: float = 60) -> Any:
         """Wait until a container has exited; its status."""
         return self.until(
             lambda: (status := self.container_status(container)).state == cri.CONTAINER_EXITED and status,
@@ -222,7 +232,7 @@ class Lab:
         )
 
     @staticmethod
-    def until(found: Callable[[], T], what: str, timeout: float = 30) -> T:
+    def until(found: Callable[[], T], what: str, timeout: float = 60) -> T:
         """Ask until the answer is true; it."""
         end = time.monotonic() + timeout
         while not (answer := found()):

@@ -18,7 +18,10 @@ from tests.cri.kubelet import NAMESPACE, WherryLab, closing
 from tests.peers import need
 from wherry.proto import cri_pb2 as cri
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes containers: run as root")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="makes containers: run as root"),
+    pytest.mark.timeout(400),
+]
 POINTS = (
     "cri.create.recorded",
     "cri.create.prepared",
@@ -64,7 +67,7 @@ class Kubelet:
 
     def live(self) -> Any:
         """The container's status at its end, when it has been removed."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         done = threading.Event()
         watching = threading.Thread(target=self._watch, args=(done,))
         watching.start()

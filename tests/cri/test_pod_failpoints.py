@@ -19,6 +19,7 @@ from wherry.proto import cri_pb2 as cri
 if not os.path.exists(f"{CNI_BIN}/bridge"):
     missing("CNI's plugins are missing: apt-get install containernetworking-plugins")
 
+pytestmark = pytest.mark.timeout(400)
 POINTS = (
     "cri.pod.recorded",
     "cri.pod.running",
@@ -59,7 +60,7 @@ class Kubelet:
 
     def live(self) -> None:
         """Until the pod was ready and has been removed."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200
         while time.monotonic() < end:
             try:
                 if not self._step():

@@ -21,6 +21,8 @@ from wherry.proto import cri_pb2 as cri
 if not os.path.exists(f"{CNI_BIN}/bridge"):
     missing("CNI's plugins are missing: apt-get install containernetworking-plugins")
 
+pytestmark = pytest.mark.timeout(400)
+
 
 @pytest.fixture
 def fresh() -> Iterator[WherryLab]:
@@ -138,7 +140,7 @@ echo '{{"cniVersion": "1.0.0", "ips": [{{"address": "10.99.0.9/24"}}]}}'
     lab.daemon.kill()
     gate.unlink(missing_ok=True)
     lab.daemon.start()
-    thread.join(30)
+    thread.join(110)
     items = lab.kubelet.ListPodSandbox().items
     if moment == "cni":
         assert [item.state for item in items] == [cri.SANDBOX_NOTREADY]
