@@ -133,6 +133,7 @@ import os, pkgutil, sys
 from wherry.cli import startup
 startup.prepare()
 import wherry.cli, wherry.client
+import wherry.client.api, wherry.client.values, wherry.client.tasks, wherry.cli.table  # what most of them load
 for package in (wherry.cli, wherry.client):
     for module in pkgutil.iter_modules(package.__path__):
         if module.name != "__main__" and not os.fork():
