@@ -31,6 +31,8 @@ from wherry.shim.client import Bootstrap, ForkServer, ShimRequest
 EVENTS = events_pb2
 TASK = "containerd.task.v2.Task"
 CAPABILITIES = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT"]
+# below it are the cgroups of the containers; tests may run twice on a machine
+GROUP = f"wherry-h5/{os.getpid()}"
 
 
 def process_spec(*args: str, terminal: bool = False, cwd: str = "/") -> dict[str, Any]:
@@ -72,7 +74,7 @@ def container_spec(container_id: str, *args: str, terminal: bool = False, pid_na
         ],
         "linux": {
             "namespaces": namespaces,
-            "cgroupsPath": f"/wherry-h5/{container_id}",
+            "cgroupsPath": f"/{GROUP}-{container_id}",
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
         },
     }

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shim.harness import Lab, Shim, alive, mounted
+from tests.shim.harness import GROUP, Lab, Shim, alive, mounted
 from wherry.core import errors
 from wherry.proto import task_v2_pb2
 from wherry.proto.ttrpc.client import TtrpcClient
@@ -112,12 +112,14 @@ async def test_a_shim_whose_daemon_died_before_its_answer_is_not_left(lab: Lab) 
     forks = await ForkServer.start()
     asking = asyncio.create_task(forks.spawn(request))
     await asyncio.sleep(0)  # it is asked while it loads, and comes to that when nobody is there any more
-    await forks.close()
+    forks._closing = True
+    forks._drop("the daemon is gone")  # and nobody ends the fork server: on a busy machine it still loads for long
     with pytest.raises(errors.Unavailable):
         await asking
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while not Path(request.bundle, "shim.log").exists() or working_in(request.bundle):
             await asyncio.sleep(0.02)
+    await forks.close()
     assert not os.path.exists(request.socket)
 
 
@@ -181,7 +183,7 @@ async def test_sigkill_of_the_shim(lab: Lab) -> None:
     assert not alive(created.pid)
     assert not mounted(shim.bundle / "rootfs")
     assert not [path for path in (lab.work / "root").rglob("*") if path.is_file()]
-    assert not list(Path("/sys/fs/cgroup").glob("*/wherry-h5/a"))
+    assert not list(Path("/sys/fs/cgroup").glob(f"*/{GROUP}-a"))
     assert (await lab.forks.delete(lab.request("a"))).exit_status == 137
 
 

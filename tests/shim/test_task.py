@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shim.harness import Lab, Shim, alive, container_spec, mounted, process_spec
+from tests.shim.harness import GROUP, Lab, Shim, alive, container_spec, mounted, process_spec
 from wherry.core import errors, typeurl
 from wherry.proto import cgroups_v1_pb2, cgroups_v2_pb2, runc_options_pb2, task_v2_pb2, task_v3_pb2
 
@@ -299,7 +299,7 @@ async def test_out_of_memory(lab: Lab, sudden: bool) -> None:
     assert lab.events.topics == ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit"]
     kept = json.loads((shim.bundle / "exits" / "init.json").read_text())
     assert re.fullmatch(
-        rf"out of memory: the limit of cgroup \S*/wherry-h5/a was reached, the kernel killed sh \(pid {kept['pid']}\)",
+        rf"out of memory: the limit of cgroup \S*/{GROUP}-a was reached, the kernel killed sh \(pid {kept['pid']}\)",
         kept["reason"],
     )
     await shim.delete()
