@@ -255,7 +255,7 @@ class Container:
 
     def _explain(self, process: Process, end: Exit) -> None:
         """Why a process was killed, where that was for lack of memory; another one's death is not an exec's reason."""
-        cgroup = self._find_cgroup() if end.status == 128 + signal.SIGKILL else None
+        cgroup = self._own_cgroup() if end.status == 128 + signal.SIGKILL else None
         if cgroup is None:
             return
         # systemd removes the scope of a process that ended, and its counters with it; the kernel's log stays
@@ -411,6 +411,14 @@ class Container:
                 log("error", f"loading cgroup for {self.init.pid}: {error}", id=self.id)
         return self._cgroup
 
+    def _own_cgroup(self) -> cgroups.Cgroup | None:
+        """The same, if it is the container's: a user whom nothing is delegated runs containers in that of the session,
+        where others run out of memory, too."""
+        cgroup = self._find_cgroup()
+        if cgroup is not None and cgroups.host().user_namespace and cgroup.paths == cgroup_of(os.getpid()).paths:
+            return None
+        return cgroup
+
     def stats(self) -> AnyMessage:
         """Its metrics, in the message of the host's cgroup version. Raises NotFound."""
         cgroup = self._find_cgroup()
@@ -423,7 +431,7 @@ class Container:
     def _watch_oom(self) -> None:
         if self.init.end is not None or self.init.reaped:
             return
-        cgroup = self._find_cgroup()
+        cgroup = self._own_cgroup()
         try:
             self._oom = cgroup.watch_oom() if cgroup is not None else None
             if self._oom is not None:

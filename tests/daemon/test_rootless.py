@@ -55,6 +55,8 @@ def test_containers_outlive_the_daemon_and_the_namespaces_go_with_the_last(barro
     barrow("--embedded", "images", "import", barrow.archive)
     barrow("--embedded", "run", "-d", "--name", "long", "--net", "none", busybox.NAME, "sleep", "1000")
     assert barrow("--embedded", "exec", "long", "echo", "in").stdout == "in\n"
+    # nothing of a cgroup that isn't the container's, for one: a user has none of his own here
+    assert [path.read_text() for path in barrow.run.glob("wherry-embedded/**/shim.log")] == [""]
     holder = int((barrow.run / "wherry-embedded/rootless").read_text().split()[0])
     os.kill(holder, 0)
     barrow("--embedded", "rm", "-f", "long")
