@@ -213,7 +213,7 @@ class Lab:
         self.kubelet.StartContainer(container_id=container)
         return container
 
-    def exec(self, container: str, *command: str, timeout: int = 10) -> str:
+    def exec(self, container: str, *command: str, timeout: int = 60) -> str:
         """ExecSync; its output. The command must succeed."""
         done = self.kubelet.ExecSync(container_id=container, cmd=command, timeout=timeout)
         assert done.exit_code == 0, done

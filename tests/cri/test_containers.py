@@ -297,7 +297,7 @@ def test_exec_sync_has_an_end(each_pod: Pod) -> None:
     # by this code a kubelet knows a probe that took too long
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "timeout 1s exceeded" in error.details()
-    assert 1 <= time.monotonic() - begun < 30
+    assert 1 <= time.monotonic() - begun < 60
     each_pod.lab.until(lambda: "sleep 500" not in each_pod.lab.exec(container, "ps"), "the command is killed")
     kubelet.RemoveContainer(container_id=container)
 
@@ -328,7 +328,7 @@ def test_a_command_that_leaves_something_behind(pod: Pod) -> None:
     begun = time.monotonic()
     done = pod.lab.kubelet.ExecSync(container_id=container, cmd=["sh", "-c", "echo here; sleep 300 &"])
     assert (done.stdout, done.exit_code) == (b"here\n", 0)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 100
 
 
 def test_exec_sync_in_what_does_not_run(each_pod: Pod) -> None:

@@ -140,8 +140,8 @@ def test_probes_by_exec(each_lab: Lab) -> None:
     with working(Worker(each_lab, "probed", [Spec("main", ["sh", "-c", "touch /tmp/up; exec sleep 1000"])])) as worker:
         worker.settle()
         container = worker.status("main").id
-        each_lab.until(lambda: probe(each_lab, container, ["cat", "/tmp/up"], 5).exit_code == 0, "it is ready")
-        failed = probe(each_lab, container, ["sh", "-c", "echo why; echo not >&2; exit 7"], 5)
+        each_lab.until(lambda: probe(each_lab, container, ["cat", "/tmp/up"], 60).exit_code == 0, "it is ready")
+        failed = probe(each_lab, container, ["sh", "-c", "echo why; echo not >&2; exit 7"], 60)
         assert (failed.exit_code, failed.stdout, failed.stderr) == (7, b"why\n", b"not\n")
         began = time.monotonic()
         late = refused(probe, each_lab, container, ["sleep", "100"], 1)
@@ -149,13 +149,13 @@ def test_probes_by_exec(each_lab: Lab) -> None:
         if each_lab.name == "wherryd":
             assert code_of(late) is Status.DEADLINE_EXCEEDED
         assert "timed out" in text_of(late) or "timeout" in text_of(late) or "deadline" in text_of(late)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60
         # what was late is gone
         each_lab.until(
             lambda: "sleep 100\n" not in each_lab.exec(container, "ps", "-o", "args"), "the probe's process is gone"
         )
         for _ in range(20):
-            assert probe(each_lab, container, ["true"], 5).exit_code == 0
+            assert probe(each_lab, container, ["true"], 60).exit_code == 0
         missing = refused(probe, each_lab, container, ["/no/such"], 5)
         assert "/no/such" in text_of(missing)
         assert worker.status("main").state == cri.CONTAINER_RUNNING
@@ -253,7 +253,7 @@ def test_eviction(each_lab: Lab) -> None:
         each_lab.until(lambda name=spec.name: log_of(worker, name) == "here", "it is up")  # type: ignore[misc]
     began = time.monotonic()
     worker.kill(0)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert [item.state for item in worker.sandboxes()] == [cri.SANDBOX_NOTREADY]
     for status in worker.statuses():
         assert (status.state, status.exit_code, status.reason) == (cri.CONTAINER_EXITED, 137, "Error")

@@ -252,7 +252,7 @@ def test_a_plugin_that_stalls(noted_lab: WherryLab, noted: Noted) -> None:
     began = time.monotonic()
     error = refused(lab.kubelet.RunPodSandbox, config=call, timeout=1.5)
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
     lab.run_pod(lab.pod_config("other", host_network=True))
     stall.unlink()
     lab.until(lambda: noted.notes("DEL"), "what was begun is taken back")
