@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,11 @@ import pytest
 from tests.peers import need
 from tests.rootfs import build_busybox_rootfs
 from tests.shim.harness import Lab, lab_at
+from wherry.shim import client
+
+if _seconds := os.environ.get("WHERRY_TESTS_START_SECONDS"):
+    # an emulated machine takes as long to walk a shim's ways as it takes; on a busy host more than a daemon waits
+    vars(client)["SPAWN_TIMEOUT"] = float(_seconds)
 
 
 @pytest.fixture(scope="session")

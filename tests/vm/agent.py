@@ -53,7 +53,10 @@ def main() -> None:
         pending = b""
         while chunk := port.read(65536):
             *lines, pending = (pending + chunk).split(b"\n")
-            port.writelines(json.dumps(answer(json.loads(line))).encode() + b"\n" for line in lines)
+            for line in lines:
+                rest = memoryview(json.dumps(answer(json.loads(line))).encode() + b"\n")
+                while rest:  # the kernel takes 32 KiB at once
+                    rest = rest[port.write(rest) :]
 
 
 if __name__ == "__main__":

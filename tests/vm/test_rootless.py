@@ -50,6 +50,24 @@ http: {addr: 127.0.0.1:5000}
 END
 systemd-run -q --unit registry docker-registry serve /root/registry.yml
 """
+# a name server on the host's card, which knows one address for every name (RFC 1035)
+ADDRESS = "203.0.113.7"
+_NAMES = f"""
+cat >/root/names.py <<'END'
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("{OTHER}", 53))
+while True:
+    asked, who = server.recvfrom(512)
+    end = asked.index(0, 12) + 5
+    found = b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\5\\0\\4" + socket.inet_aton("{ADDRESS}") if asked[end - 3] == 1 else b""
+    head = asked[:2] + b"\\x81\\x80\\0\\1\\0" + bytes([bool(found)]) + bytes(4)
+    server.sendto(head + asked[12:end] + found, who)
+END
+systemd-run -q --unit names python3 /root/names.py
+test ! -e /etc/resolv.conf || mv /etc/resolv.conf /root/
+echo nameserver {OTHER} >/etc/resolv.conf
+"""
 _COUNTER = "i=0; while true; do i=$((i+1)); echo $i >/tmp/count; usleep 100000; done"
 
 
@@ -70,10 +88,6 @@ class User:
         """A script of root's until it succeeds; its output."""
         return self.machine.wait(script, tell=f"journalctl _UID={UID} -n 30 --no-pager")
 
-    def pid(self, pattern: str) -> str:
-        """The one process whose command line ends with this, as the host sees it."""
-        return self.wait(f"pgrep -n -U {UID} -f '{pattern}$'")
-
     def daemon(self) -> str:
         """The daemon's pid."""
         return self.machine.check(f"""sed 's/.*"pid": \\([0-9]*\\).*/\\1/' {_RUNTIME}/wherry/lock""")
@@ -87,22 +101,24 @@ class User:
 @pytest.fixture(scope="module")
 def user(machine: Machine) -> Iterator[User]:
     """The user with a manager that goes on without a login; a network card, and a registry without images."""
-    machine.check(f"{_AS_USER}{_CARD}{_REGISTRY}loginctl enable-linger {USER}")
+    machine.check(f"{_AS_USER}{_CARD}{_REGISTRY}{_NAMES}loginctl enable-linger {USER}")
     user = User(machine)
     user.wait(f"test -S {_RUNTIME}/systemd/private")
     yield user
     machine.run(f"loginctl disable-linger {USER}; systemctl stop user@{UID}; rm -rf {_CONFIG}", timeout=120)
     machine.wait(f"! test -e {_RUNTIME}")
-    machine.run("systemctl stop registry; ip link del user0; rm -r /var/lib/registry")
+    machine.run(
+        "systemctl stop registry names; ip link del user0; rm -r /var/lib/registry /etc/resolv.conf;"
+        "test ! -e /root/resolv.conf || mv /root/resolv.conf /etc/"
+    )
 
 
 @pytest.fixture(scope="module")
 def keeper(user: User) -> str:
     """A container that counts up in a file of its own, through whatever happens to its daemons; its pid."""
     user(f"wherry run -d --name keeper --net none -m 32m {IMAGE} sh -c '{_COUNTER}'")
-    return user.machine.check(
-        "for p in $(pgrep -n -f '^sh -c i=0'); do grep -q :/user.slice /proc/$p/cgroup && echo $p; done"
-    )
+    look = "for p in $(pgrep -f '^sh -c i=0'); do grep -q :/user.slice /proc/$p/cgroup && echo $p; done"
+    return user.wait(f"{look} | grep .")
 
 
 def goes_on(user: User, pid: str) -> None:
@@ -161,10 +177,12 @@ def test_networks_and_ports(user: User) -> None:
     user(f"wherry run -d --name web -p 8080:80 {IMAGE} sh -c '{serve}'")
     for address in ("127.0.0.1", CARD):
         user.wait(f"busybox wget -qO- http://{address}:8080/index.html | grep works")
-    # out of the container, to a server on the host's card
+    # out of the container, to a server on the host's card, and to a name server there
     user.machine.check(f"mkdir -p /tmp/www && echo outside >/tmp/www/f && busybox httpd -p {OTHER}:8081 -h /tmp/www")
     try:
-        assert user(f"wherry exec web wget -qO- http://{OTHER}:8081/f") == "outside"
+        out = user(f"wherry exec web sh -c 'wget -qO- http://{OTHER}:8081/f; nslookup some.where.test'")
+        assert out.startswith("outside\n")
+        assert ADDRESS in out
     finally:
         user.machine.run(f"pkill -f 'busybox [h]ttpd -p {OTHER}'")
         user("wherry rm -f web")
