@@ -79,8 +79,11 @@ class Process:
         """The runtime made it. Call inside `with children` that began before, lest its end be missed."""
         self.pid = pid
         self._on_exit = on_exit
-        self._shim.children.keep(pid, self._keep)
         end = self._shim.children.exited(pid)
+        if end.done:  # before the runtime told of it: reaped, and not noted yet
+            self._keep(end.result())
+        else:
+            self._shim.children.keep(pid, self._keep)
         end.add_callback(lambda: self._exited(end.result()))
 
     def starting(self) -> None:
