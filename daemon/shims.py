@@ -220,7 +220,7 @@ class Shims:
             if self._starter.shared(shim):  # the shim stays; a create that came too late must not
                 await self._end_task(shim)
             if not await self._leave(shim, now=True):
-                # it died, perhaps in the middle of making the container; what it forked may still hold its socket
+                # it died or was killed, perhaps in the middle of making the container; what it forked may hold its socket
                 await self._starter.delete(shim, self._limits.cleanup)
         except (WherryError, OSError) as error:
             log.error("could not take back a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
@@ -297,7 +297,7 @@ class Shims:
                     await shim.call("Wait", wait, task.WaitResponse, self._limits.cleanup)
 
     async def _leave(self, shim: Shim, *, now: bool) -> bool:
-        """Tell a shim to exit and wait until it has; one that doesn't is killed. Whether it said that it would.
+        """Tell a shim to exit and wait until it has; one that doesn't is killed. Whether it went by itself.
 
         One that did has the time to tell its last events: a daemon with much to do may be slow to confirm them.
 
@@ -316,6 +316,7 @@ class Shims:
                 if not await shim.wait_closed(patience):
                     log.warning("shim does not leave, it is killed", namespace=shim.key[0], id=shim.key[1])
                     self._starter.kill(shim)
+                    answered = False  # it may have been making the task that it is to leave without
             await shim.hang_up()
             return answered
 

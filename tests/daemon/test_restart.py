@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from tests.daemon.test_tasks import RUNTIMES, runtime, wait_for
 from tests.peers import need
 from tests.wherryd import BUSYBOX, Wherryd
+from wherry.client import connect
 
 __all__ = ["runtime"]
 assert RUNTIMES
@@ -270,3 +272,30 @@ def test_the_daemon_is_killed_while_containers_come_and_go(daemon: Wherryd) -> N
     assert task_pids(daemon) == {}
     assert daemon.settle() == []
     assert daemon.ctr("run", "--rm", BUSYBOX, "after", "echo", "fine").stdout == "fine\n"
+
+
+def test_a_create_that_a_dead_daemon_had_begun_leaves_nothing(daemon: Wherryd) -> None:
+    """Its shim is still at it (a slow hook) when the next daemon comes; what it makes goes with it."""
+    hooked = daemon.folder / "hooked"
+    daemon.ctr("containers", "create", BUSYBOX, "slow", "sleep", "1000")
+
+    async def hook(args: list[str]) -> None:
+        async with await connect(daemon.address) as client:
+            record = await client.containers.get("slow")
+            spec = {**(record.spec or {}), "hooks": {"createRuntime": [{"path": "/bin/sh", "args": args}]}}
+            await client.containers.update(record._replace(spec=spec), ["spec"])
+
+    asyncio.run(hook(["sh", "-c", f"touch {hooked}; sleep 2"]))
+    with subprocess.Popen([need("ctr"), "-a", daemon.address, "task", "start", "-d", "slow"], stderr=subprocess.PIPE):
+        while not hooked.exists():
+            time.sleep(0.01)
+        daemon.kill()
+    daemon.start()
+    assert daemon.settle(60) == []
+    # neither a cgroup nor the runtime's record is in the way of the next one
+    asyncio.run(hook(["sh", "-c", "exit 0"]))
+    daemon.ctr("task", "start", "-d", "slow")
+    daemon.ctr("task", "kill", "-s", "KILL", "slow")
+    wait_for(daemon, "slow", "STOPPED", 60)
+    daemon.ctr("task", "delete", "slow", check=False)  # its status is the command's
+    assert daemon.settle(60) == []
