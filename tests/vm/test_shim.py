@@ -8,12 +8,12 @@ from tests.vm.machine import Machine, chosen
 
 #: Two lanes that take about as long, for the VM's two processors: the tests of each file.
 _LANES = (
-    {"test_checkpoint": "lab or there", "test_options": "lab or shims or pipes"},
     {
-        "test_sandbox": "lab or pod or sandbox",
-        "test_methods": "not bookworm and not sid",
+        "test_checkpoint": "lab or there",
+        "test_options": "lab or shims or pipes",
         "test_task": "memory or kill_all or metrics or pause",
     },
+    {"test_sandbox": "lab or pod or sandbox", "test_methods": "not bookworm and not sid"},
 )
 
 
