@@ -220,7 +220,7 @@ class Shims:
             if self._starter.shared(shim):  # the shim stays; a create that came too late must not
                 await self._end_task(shim)
             if not await self._leave(shim, now=True):
-                # it died or was killed, perhaps in the middle of making the container; what it forked may hold its socket
+                # it died or was killed, perhaps while it made the container; what it forked may still hold its socket
                 await self._starter.delete(shim, self._limits.cleanup)
         except (WherryError, OSError) as error:
             log.error("could not take back a shim", namespace=shim.key[0], id=shim.key[1], error=str(error))
