@@ -62,7 +62,7 @@ def test_names_ports_and_the_outside(barrow: User, program: str) -> None:
     only6 = next(line for line in barrow("port", "app").stdout.splitlines() if "::1" in line)
     assert until(lambda: traffic.http("::1", int(only6.rpartition(":")[2])) == "app")
     # a container reaches the host, and so what is published there
-    assert ask(barrow, "db", traffic.own_address(), port) == "app"
+    assert until(lambda: ask(barrow, "db", traffic.own_address(), port) == "app")
     taken = barrow("run", "--rm", "--net", "shop", "-p", f"{port}:80", IMAGE, "true", check=False)
     assert taken.returncode == 125
     assert "Address already in use" in taken.stderr
