@@ -34,6 +34,9 @@ from wherry.shim.warming_runtime import walk_runtime
 
 # a function is specialised after 8 calls, its instructions one by one in the calls after that
 ROUNDS: Final = 10
+# seconds of a processor for each half of the walk, which takes 0.15; a machine that needs more (an emulated one) goes
+# some of the rounds only
+_ENOUGH: Final = 2.0
 # a life takes 10 ms; if one gets stuck, the fork server goes on without the rest
 _LIMIT: Final = 2.0
 _ID: Final = "warm"
@@ -60,15 +63,24 @@ def walk(own_streams: Callable[[str, str], None]) -> None:
     try:
         with _kept():
             with _plain_forks():
-                for number in range(ROUNDS):
+                for number in rounds():
                     _live(f"{folder}/{number}", own_streams)
-            walk_runtime(f"{folder}/{ROUNDS}", ROUNDS)
+            walk_runtime(f"{folder}/{ROUNDS}", rounds())
     except (Exception, _Stuck) as error:  # noqa: BLE001  # whatever this host lacks: shims start without it
         print(f"level=warning msg={f'warming up: {type(error).__name__}: {error}'!r}", file=sys.stderr)
     finally:
         set_child_subreaper(False)
         _remove(folder)
         os.close(held)
+
+
+def rounds() -> Iterator[int]:
+    """The numbers of the rounds, the first one at least."""
+    end = time.process_time() + _ENOUGH
+    for number in range(ROUNDS):
+        if number and time.process_time() > end:
+            return
+        yield number
 
 
 def _hold(folder: str) -> int:

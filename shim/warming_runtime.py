@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from typing import Any, Final
 
 from wherry.linux import cgroups
@@ -29,8 +30,10 @@ _FILES: Final[dict[str, dict[str, str]]] = {
 _FOLDERS: Final = ("bin", "dev", "etc", "proc", "root", "run", "sys", "tmp")
 
 
-def walk_runtime(folder: str, rounds: int) -> None:
-    """Make so many containers below `folder`, and end them. Raises OSError or ContainerError where that can't be done.
+def walk_runtime(folder: str, rounds: Iterable[int]) -> None:
+    """Make a container for each round below `folder`, and end it.
+
+    Raises OSError or ContainerError where that can't be done.
 
     The first one is made by a child: if something here ends who makes containers, it is not the fork server.
     """
@@ -42,8 +45,8 @@ def walk_runtime(folder: str, rounds: int) -> None:
     paths = _cgroup(f"{folder}/cgroup")
     try:
         container.forked(_one, folder, "0", paths)
-        for number in range(1, rounds + 1):
-            _one(folder, str(number), paths)
+        for number in rounds:
+            _one(folder, str(number + 1), paths)
     finally:
         # The caller is a subreaper and has no other children. One whose maker died before it told its number is among
         # them; not waited for it would be a zombie for the fork server's life.

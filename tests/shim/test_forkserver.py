@@ -261,7 +261,7 @@ def die(plan, pid):
     os.kill(os.getpid(), signal.SIGKILL)
 make.record = die
 try:
-    warming_runtime.walk_runtime(sys.argv[1] + "/walk", 1)
+    warming_runtime.walk_runtime(sys.argv[1] + "/walk", range(1))
 except ContainerError as error:
     print(error.message)
 try:
