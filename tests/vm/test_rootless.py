@@ -117,7 +117,7 @@ def user(machine: Machine) -> Iterator[User]:
 def keeper(user: User) -> str:
     """A container that counts up in a file of its own, through whatever happens to its daemons; its pid."""
     user(f"wherry run -d --name keeper --net none -m 32m {IMAGE} sh -c '{_COUNTER}'")
-    look = "for p in $(pgrep -f '^sh -c i=0'); do grep -q :/user.slice /proc/$p/cgroup && echo $p; done"
+    look = "for p in $(pgrep -f '^sh -c i=0'); do grep -qs :/user.slice /proc/$p/cgroup && echo $p; done"
     return user.wait(f"{look} | grep .")
 
 
