@@ -16,6 +16,7 @@ from tests.network import traffic
 from tests.network.traffic import GET, HTTP, until
 from tests.peers import need
 from tests.users import User
+from wherry.linux.process import is_alive
 
 IMAGE = busybox.NAME
 # both programs that lead outside
@@ -120,6 +121,7 @@ def test_they_outlive_the_daemon_and_leave_nothing(barrow: User) -> None:
     assert until(lambda: ask(barrow, "other", "web") == "web")
     (uplink,) = running(barrow, b"bin/pasta")
     os.kill(uplink, signal.SIGKILL)
+    assert until(lambda: not is_alive(uplink))  # its end takes the kernel 40 ms, longer than a container's start
     # the next container brings it back
     barrow("run", "--rm", "--net", "shop", IMAGE, "true")
     assert len(running(barrow, b"bin/pasta")) == 1
