@@ -72,7 +72,6 @@ class Members:
         self._ends = Ends(node)
         self._names = Names(node)
         self.stats = Stats(node)
-        self._writes: set[asyncio.Task[None]] = set()
 
     async def recover(self) -> None:
         """Find out what lives, once, after the records are read."""
@@ -153,8 +152,8 @@ class Members:
         facts.pid, facts.started_at = pid, started
         if facts.more.pop(RESTORED, None):
             await asyncio.to_thread(shutil.rmtree, self._maker.restored(member.id), ignore_errors=True)
-        # the task says the same: a daemon that is killed before this is written finds out by it
-        self._write(member)
+        # before the answer: where daemon and shim are killed after it, nobody else would say that it ran
+        await self._write(member)
 
     def _restoring(self, member: Member) -> Message | None:
         """The runtime's options, where a container is made from a checkpoint."""
@@ -170,19 +169,12 @@ class Members:
         stdin = lone_stdin(member.id) if config.stdin else ""
         return Stdio(stdin, uri, "" if config.tty else uri, config.tty)
 
-    def _write(self, member: Member) -> None:
-        """Have the record written beside what goes on."""
-
-        async def write() -> None:
-            try:
-                if member.id in self._records.members and not member.facts.finished_at:
-                    await self._records.put_member(member)
-            except WherryError as error:
-                log.warning("a container's record can't be written", id=member.id, error=error.message)
-
-        task = asyncio.get_running_loop().create_task(write())
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+    async def _write(self, member: Member) -> None:
+        try:
+            if member.id in self._records.members and not member.facts.finished_at:
+                await self._records.put_member(member)
+        except WherryError as error:  # it runs; a daemon that comes after this one asks its shim
+            log.warning("a container's record can't be written", id=member.id, error=error.message)
 
     # -- stop
 
