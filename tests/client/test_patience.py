@@ -32,6 +32,7 @@ async def test_a_container_over_a_restart(daemon: Wherryd) -> None:
     async with Wherry(daemon.address) as wherry, wherry.run(BUSYBOX, ["sh", "-c", script]) as container:
         assert await container.stdout.readline() == b"one\n"
         daemon.kill()
+        await asyncio.sleep(0.2)  # what is sent before the connection's end was seen may have arrived
         asked = asyncio.create_task(wherry.client.version())
         box = asyncio.create_task(container.exec(["echo", "two"]))
         await asyncio.sleep(0.3)
