@@ -108,11 +108,14 @@ class Shim:
         self.limits = limits
         self.shim_log: ShimLog | None = None
         self.pid = 0  # of the container's init, as last heard
+        self.marked = False  # it has a score or a cgroup of its own, and is for no other container
+        self.lives = 1  # which of its containers this is (`vacant.py`)
         self.mute = False  # its last answer didn't come in time
         self.leaving = False  # it was told to, or is being cleaned up after
         self.exit_published = False
         self.lost: asyncio.Future[DeadShim] = asyncio.get_running_loop().create_future()
         self._client: Connection | None = None
+        self._parted = False
         self._service = f"containerd.task.v{bootstrap.version}.Task"
         key = TTRPC_NAMESPACE if bootstrap.protocol.lower() == "ttrpc" else GRPC_NAMESPACE
         self._metadata = {key: bundle.namespace}
@@ -120,6 +123,20 @@ class Shim:
     async def connect(self, limit: float, on_close: Callable[[Shim], None]) -> None:
         """Connect within `limit` seconds; `on_close` hears of the connection's end. Raises Unavailable."""
         self._client = await _connect(self.bootstrap, limit, lambda error: on_close(self))
+
+    @property
+    def client(self) -> Connection | None:
+        """The connection, if there ever was one."""
+        return self._client
+
+    def part(self) -> None:
+        """Let the connection be another's: the shim has nothing to do with this container any more."""
+        self._client, self._parted = None, True
+
+    def take(self, client: TtrpcClient, on_close: Callable[[Shim], None]) -> None:
+        """Use a connection that is there already, as `connect` one that it makes."""
+        self._client = client
+        client.watch(lambda error: on_close(self))
 
     async def hang_up(self) -> None:
         """Close the connection; the shim goes on."""
@@ -164,6 +181,8 @@ class Shim:
         to leave meanwhile: another request has deleted what is asked about.
         """
         if self._client is None:
+            if self._parted:
+                raise self.not_found()
             raise Unavailable(f"shim of {self.bundle.id} is not connected: unavailable")
         if limit == _USUAL:
             limit = self.limits.call

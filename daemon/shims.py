@@ -247,7 +247,8 @@ class Shims:
 
     async def _end(self, shim: Shim, deleted: task.DeleteResponse | None) -> None:
         async with self._working(shim.key):
-            await self._leave(shim, now=False)
+            if deleted is None or not await self._starter.keep(shim, self._limits.shutdown):
+                await self._leave(shim, now=False)
             reach("daemon.end.left")
             if deleted is None:
                 await self._ends.tell_noted(shim)
@@ -454,6 +455,7 @@ class Shims:
         self._closing = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5.0)
+        await self._starter.close()
         for shim in self._shims.values():
             await shim.hang_up()
 

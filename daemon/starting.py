@@ -20,6 +20,7 @@ from wherry.core.failpoints import reach
 from wherry.core.typeurl import is_a, unpack_as
 from wherry.daemon.bundle import Bundle, Launch
 from wherry.daemon.link import Key, Places, Shim, kill_remains
+from wherry.daemon.vacant import Vacant
 from wherry.proto import runc_options_pb2
 from wherry.shim.client import (
     Bootstrap,
@@ -46,6 +47,7 @@ class Starter:
         self._places = places
         self._forks = forks
         self._users: dict[str, set[Key]] = {}
+        self._vacant = Vacant()
 
     # -- who uses which
 
@@ -100,11 +102,27 @@ class Starter:
             shim = self._at(shim, bootstrap)
             shim.shim_log = shim_log
         else:
-            await self._fork(shim, options)
+            await self._fork(shim, options, on_close)
         self.use(shim)
-        await shim.connect(CONNECT, on_close)
+        if not shim.connected:
+            await shim.connect(CONNECT, on_close)
         reach("daemon.create.connected")
         return shim
+
+    async def keep(self, shim: Shim, within: float) -> bool:
+        """Have a shim whose task was deleted in reserve for the next one; False where it is to leave instead."""
+        launch = shim.launch
+        if launch.binary or launch.group or launch.host or launch.sandbox or shim.marked:
+            return False
+        kept = await self._vacant.keep(shim, within)
+        if kept:
+            self.drop(shim)
+            reach("daemon.end.vacant")
+        return kept
+
+    async def close(self) -> None:
+        """Keep no shim in reserve any more."""
+        await self._vacant.close()
 
     async def delete(self, shim: Shim, within: float) -> DeadShim:
         """Kill and remove what a dead shim left of a container. Raises Unavailable, OSError."""
@@ -144,7 +162,7 @@ class Starter:
         shim.bundle.write_bootstrap(bootstrap)
         return Shim(shim.bundle, shim.launch, bootstrap, shim.limits)
 
-    async def _fork(self, shim: Shim, options: any_pb2.Any) -> None:
+    async def _fork(self, shim: Shim, options: any_pb2.Any, on_close: Callable[[Shim], None]) -> None:
         # recorded before there is one: a daemon that dies in between finds the shim at its planned address
         bundle, launch = shim.bundle, shim.launch
         bundle.write_bootstrap(shim.bootstrap)
@@ -156,8 +174,16 @@ class Starter:
                 return
             except WherryError:
                 log.info("a group's shim has left, another is made", namespace=bundle.namespace, group=launch.group)
-        # where one listens already, the fork server gives us that
         request = self._request(bundle, launch, options, _name(bundle, launch))
+        shim.marked = request.marked
+        if not (launch.group or shim.marked or self._forks.watched()):
+            vacancy = await self._vacant.give(request.in_bytes(), CONNECT)
+            if vacancy is not None:
+                shim.take(vacancy.client, on_close)
+                shim.bootstrap, shim.lives = replace(shim.bootstrap, pid=vacancy.pid), vacancy.lives
+                reach("daemon.create.occupied")
+                return
+        # where one listens already, the fork server gives us that
         bootstrap = await self._forks.spawn(request)
         reach("daemon.create.spawned")
         shim.bootstrap = replace(shim.bootstrap, pid=bootstrap.pid)

@@ -16,7 +16,7 @@ What `body` assigned is what the parent sees; descriptors, namespaces, credentia
 were the child's own. `body` may not end the process, fork, or leave by an exception.
 
 A child that is killed in the middle of it leaves an interpreter in the middle of a call: the parent then exits at once
-with `LOST`. So the caller is a process that may be lost: the runtime, never the shim.
+with `LOST`. So the caller is a process that may be lost: the runtime, or a shim that has no container yet.
 
 It is done by machine code (the stack may not be left between the two returns of clone3); where that can't be had,
 `prepare` gives None, and callers fork.

@@ -23,16 +23,19 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
+from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 from wherry.proto import task_v2_pb2 as wherry_dot_proto_dot_task__v2__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ewherry/proto/wherry_shim.proto\x12\x0ewherry.shim.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1awherry/proto/task_v2.proto2\x9a\x01\n\x07Streams\x12H\n\x06\x41ttach\x12&.containerd.task.v2.ExecProcessRequest\x1a\x16.google.protobuf.Empty\x12\x45\n\tReopenLog\x12 .containerd.task.v2.StateRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ewherry/proto/wherry_shim.proto\x12\x0ewherry.shim.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1egoogle/protobuf/wrappers.proto\x1a\x1awherry/proto/task_v2.proto2\x9a\x01\n\x07Streams\x12H\n\x06\x41ttach\x12&.containerd.task.v2.ExecProcessRequest\x1a\x16.google.protobuf.Empty\x12\x45\n\tReopenLog\x12 .containerd.task.v2.StateRequest\x1a\x16.google.protobuf.Empty2\x80\x01\n\x05Reuse\x12\x38\n\x06Vacate\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.Empty\x12=\n\x06Occupy\x12\x1b.google.protobuf.BytesValue\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wherry.proto.wherry_shim_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAMS']._serialized_start=108
-  _globals['_STREAMS']._serialized_end=262
+  _globals['_STREAMS']._serialized_start=140
+  _globals['_STREAMS']._serialized_end=294
+  _globals['_REUSE']._serialized_start=297
+  _globals['_REUSE']._serialized_end=425
 # @@protoc_insertion_point(module_scope)

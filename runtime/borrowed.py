@@ -32,6 +32,7 @@ from wherry.linux import syscalls as sc
 from wherry.runtime import hooks, init, make
 from wherry.runtime.channel import Channel
 from wherry.runtime.errors import ContainerError
+from wherry.runtime.spec import namespaces_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -159,18 +160,23 @@ def _make_image() -> int:
 
 def serves(plan: Plan) -> bool:
     """Whether this container can be built this way."""
-    if _vfork is None or "pid" not in plan.new or "user" in plan.kinds or "time" in plan.kinds:
-        return False
-    if plan.rootless and os.geteuid() != 0:
+    return max(plan.fifo, plan.failure) <= _LAST_FD and suits(plan.spec)
+
+
+def suits(spec: dict[str, Any]) -> bool:
+    """Whether a container of this specification can, which is a valid one, and in this process."""
+    if _vfork is None or os.geteuid() != 0:
         return False  # as root of a user namespace it is as for root
-    if max(plan.fifo, plan.failure) > _LAST_FD:
+    kinds = namespaces_of(spec)
+    if kinds.get("pid") != "" or "user" in kinds or "time" in kinds:
         return False
-    if any(hooks.of(plan.spec, name) for name in _CREATE_HOOKS):
+    if any(hooks.of(spec, name) for name in _CREATE_HOOKS):
         return False
     labels = ("apparmorProfile", "selinuxLabel", "scheduler", "ioPriority", "execCPUAffinity")
-    if any(plan.process.get(name) for name in labels) or plan.linux.get("netDevices") or plan.rdt:
+    linux = spec.get("linux") or {}
+    if any(spec["process"].get(name) for name in labels) or linux.get("netDevices") or linux.get("intelRdt"):
         return False
-    return enough_memory(plan) and _lets_pass(plan.linux.get("seccomp"))
+    return enough_memory(linux) and _lets_pass(linux.get("seccomp"))
 
 
 def machine() -> vfork.Vfork | None:
@@ -178,9 +184,9 @@ def machine() -> vfork.Vfork | None:
     return _vfork
 
 
-def enough_memory(plan: Plan) -> bool:
+def enough_memory(linux: dict[str, Any]) -> bool:
     """Whether the kernel has no reason to kill who is in the container's cgroup for the work of a few milliseconds."""
-    memory = (plan.linux.get("resources") or {}).get("memory") or {}
+    memory = (linux.get("resources") or {}).get("memory") or {}
     return not 0 < (memory.get("limit") or 0) < _MEMORY_LEAST
 
 

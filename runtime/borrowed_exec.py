@@ -52,7 +52,7 @@ def serves(plan: Plan) -> bool:
     profile = plan.linux.get("seccomp") or {}
     if any(rule.get("action") == "SCMP_ACT_NOTIFY" for rule in profile.get("syscalls") or ()):
         return False
-    return profile.get("defaultAction") != "SCMP_ACT_NOTIFY" and borrowed.enough_memory(plan)
+    return profile.get("defaultAction") != "SCMP_ACT_NOTIFY" and borrowed.enough_memory(plan.linux)
 
 
 def spawn(plan: Plan, recorded: Callable[[int], None], forget: Callable[[], None]) -> int:

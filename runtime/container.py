@@ -30,6 +30,7 @@ Nothing else of the caller's descriptors reaches the container, save the `preser
 from __future__ import annotations
 
 import os
+import sys
 
 from wherry.runtime import quickjson
 from wherry.runtime.errors import ContainerError
@@ -202,6 +203,18 @@ def create(request: CreateRequest) -> int:
     from wherry.runtime import create as implementation
 
     return implementation.create(request)
+
+
+def creates_here(spec: dict[str, Any]) -> bool:
+    """Whether `create` makes a container of this specification without a fork, in the time of a few system calls.
+
+    True only after `preload`. It isn't where a child of the caller would talk to it, or hooks run.
+    """
+    borrowed = sys.modules.get("wherry.runtime.borrowed")
+    try:
+        return borrowed is not None and bool(borrowed.suits(spec))
+    except (AttributeError, KeyError, TypeError, ValueError):  # `create` says what is wrong with it
+        return False
 
 
 def start(root: str, id: str) -> None:  # noqa: A002

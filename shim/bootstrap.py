@@ -30,10 +30,11 @@ from wherry.proto import bootstrap_pb2, runc_options_pb2, task_v2_pb2, types_pb2
 from wherry.proto.ttrpc import sockets
 from wherry.runtime import container as bundled
 from wherry.runtime.sealed import ensure_sealed
+from wherry.shim.birth import NAME, Parameters
 from wherry.shim.cleanup import clean_up
 from wherry.shim.log import take_over
 from wherry.shim.nursery import detach
-from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals, raise_oom_score
+from wherry.shim.serving import Life, become_shim, install_signals, raise_oom_score
 
 VERSION: Final = "0.1.0"
 # where containerd's shims listen (defaults.DefaultStateDir + "/s")

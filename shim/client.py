@@ -31,9 +31,10 @@ from wherry.shim.foreign import (
     parse_start_response,
     start_foreign_shim,
 )
-from wherry.shim.words import ShimWords, join, split
+from wherry.shim.words import REUSE, ShimWords, join, split
 
 __all__ = [
+    "REUSE",
     "Bootstrap",
     "DeadShim",
     "ForeignShim",
@@ -74,6 +75,30 @@ class ShimRequest:
     oom_score_adj: int | None = None
     shim_cgroup: str = ""
     state: str = ""
+
+    @property
+    def marked(self) -> bool:
+        """Whether the process becomes what none of its later containers' shims might be."""
+        return bool(self.shim_cgroup) or self.oom_score_adj is not None
+
+    def in_bytes(self) -> bytes:
+        """The words as they are sent."""
+        return join(*self.in_words())
+
+    def in_words(self) -> ShimWords:
+        """As the fork server, and a shim that changes its container, are told."""
+        return ShimWords(
+            namespace=self.namespace,
+            id=self.id,
+            bundle=self.bundle,
+            socket=self.socket,
+            ttrpc_address=self.ttrpc_address,
+            grpc_address=self.grpc_address,
+            log_level=self.log_level,
+            oom_score_adj="" if self.oom_score_adj is None else str(self.oom_score_adj),
+            shim_cgroup=self.shim_cgroup,
+            state=self.state,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +148,14 @@ class ForkServer:
         """The pid of the fork server that runs now, 0 when none does."""
         return self._process.pid if self._process is not None and self._control is not None else 0
 
+    def watched(self) -> bool:
+        """Whether somebody traces it (`wherry trace`), who wants to see a shim come into being."""
+        try:
+            with open(f"/proc/{self.pid}/status", "rb") as file:
+                return b"TracerPid:\t0\n" not in file.read()
+        except OSError:
+            return False
+
     async def ping(self) -> None:
         """Return when the fork server has loaded and answers. Raises Unavailable."""
         await self._call("ping", (), SPAWN_TIMEOUT)
@@ -133,7 +166,7 @@ class ForkServer:
         A shim that already listens there for the same id (the fork server died between fork and answer) is taken
         over, no second one is made. Raises Unavailable, and what the shim itself ran into (AlreadyExists, Internal).
         """
-        pid, path = await self._call("spawn", _words(request), SPAWN_TIMEOUT, again=True)
+        pid, path = await self._call("spawn", request.in_words(), SPAWN_TIMEOUT, again=True)
         return Bootstrap("unix://" + path, "ttrpc", TASK_API_VERSION, int(pid))
 
     async def delete(self, request: ShimRequest) -> DeadShim:
@@ -141,7 +174,7 @@ class ForkServer:
 
         Done in a child of the fork server, with the runtime that the shim noted in the bundle. Idempotent.
         """
-        pid, status, at_ns, reason = await self._call("delete", _words(request), DELETE_TIMEOUT, again=True)
+        pid, status, at_ns, reason = await self._call("delete", request.in_words(), DELETE_TIMEOUT, again=True)
         return DeadShim(int(pid), int(status), int(at_ns), reason)
 
     async def close(self) -> None:
@@ -292,21 +325,6 @@ class ForkServer:
                 return
             self._outbox.pop(0)
         loop.remove_writer(control)
-
-
-def _words(request: ShimRequest) -> ShimWords:
-    return ShimWords(
-        namespace=request.namespace,
-        id=request.id,
-        bundle=request.bundle,
-        socket=request.socket,
-        ttrpc_address=request.ttrpc_address,
-        grpc_address=request.grpc_address,
-        log_level=request.log_level,
-        oom_score_adj="" if request.oom_score_adj is None else str(request.oom_score_adj),
-        shim_cgroup=request.shim_cgroup,
-        state=request.state,
-    )
 
 
 class _Gone(errors.Unavailable):

@@ -69,7 +69,9 @@ def runtime_settings(shim: Shim, bundle: str, options: runc_options_pb2.Options)
 
 def open_runtime(shim: Shim, settings: RuntimeSettings) -> OciRuntime:
     """The runtime behind the interface."""
-    return (External if settings.binary else Bundled)(shim.loop, shim.children, settings)
+    if settings.binary:
+        return External(shim.loop, shim.children, settings)
+    return Bundled(shim.loop, shim.children, settings, warm=shim.warm)
 
 
 class Container:

@@ -383,6 +383,14 @@ class Children:
         if not self._expecting:
             self._unclaimed.clear()
 
+    def none_left(self) -> bool:
+        """Whether there is no child, alive or not reaped yet."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return True
+        return False
+
     def close(self) -> None:
         """Stop listening for the signal."""
         self._loop.forget(self._wake_read)

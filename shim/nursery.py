@@ -32,17 +32,17 @@ from wherry.linux.process import reserve_process_title, set_child_subreaper, set
 from wherry.proto.ttrpc import sockets
 from wherry.runtime import container as bundled
 from wherry.shim import template
+from wherry.shim.birth import NAME, Parameters, bind, own_streams, parameters_of
 from wherry.shim.cleanup import clean_up
-from wherry.shim.log import log, log_exception, take_over
+from wherry.shim.log import log, log_exception
 from wherry.shim.pools import fill_heap, fill_holes, know_types
-from wherry.shim.serving import NAME, Life, Parameters, become_shim, install_signals, raise_oom_score
+from wherry.shim.serving import Life, become_shim, install_signals, raise_oom_score
 from wherry.shim.settled import settle
 from wherry.shim.warming import walk
 from wherry.shim.words import ShimWords, join, split
 
 # what a title may hold: the longest id and namespace (76 each), and the address
 TITLE_ROOM: Final = 1024
-_LISTENER: Final = int(socket.SOCK_STREAM) | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _MESSAGE_MAX: Final = 256 * 1024
 
 
@@ -62,7 +62,7 @@ def preload() -> Life:
     """Load what is loaded late elsewhere, walk the shim's ways, then hand all objects to the permanent generation."""
     bundled.preload()
     know_types()
-    walk(_own_streams)
+    walk(own_streams)
     life = Life()
     settle()
     gc.collect()
@@ -150,8 +150,8 @@ def _answer(control: int, life: Life, data: bytes) -> None:
 
 
 def _shim(control: int, sequence: str, words: ShimWords, life: Life) -> None:
-    parameters = _parameters(words)
-    _own_streams(parameters.bundle, words.log_level)
+    parameters = parameters_of(words)
+    own_streams(parameters.bundle, words.log_level)
     reach("shim.spawn.streams")
     listener = _listen(control, sequence, parameters)
     if listener is None:
@@ -166,34 +166,10 @@ def _shim(control: int, sequence: str, words: ShimWords, life: Life) -> None:
     life.serve(listener, parameters)
 
 
-def _parameters(words: ShimWords) -> Parameters:
-    return Parameters(
-        words.namespace,
-        words.id,
-        words.bundle,
-        words.socket,
-        words.ttrpc_address,
-        words.grpc_address,
-        "",
-        words.state,
-        words.shim_cgroup,
-        int(words.oom_score_adj) if words.oom_score_adj else None,
-    )
-
-
-def _own_streams(bundle: str, level: str) -> None:
-    """Nothing of the daemon's terminal or journal stays open in a shim; its log is a file beside the container."""
-    os.chdir(bundle)
-    fd = os.open("shim.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    os.dup2(fd, 2)
-    os.close(fd)
-    take_over(level)
-
-
 def _listen(control: int, sequence: str, parameters: Parameters) -> socket.SocketType | None:
     """The shim's socket; None where a shim listens there already, which is then the answer."""
     try:
-        return _bind(parameters.socket)
+        return bind(parameters.socket)
     except OSError:  # a file is there (whose?), or the path is too long for the short way
         try:
             return sockets.bind(parameters.socket, replace=True)
@@ -202,19 +178,6 @@ def _listen(control: int, sequence: str, parameters: Parameters) -> socket.Socke
                 pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
             _reply(control, sequence, str(pid), parameters.socket)
             return None
-
-
-def _bind(path: str) -> socket.SocketType:
-    """`sockets.bind` for the common case, with the C type alone: the class around it costs a shim 40 kB."""
-    listener = socket.SocketType(socket.AF_UNIX, _LISTENER)
-    try:
-        os.fchmod(listener.fileno(), 0o600)
-        listener.bind(path)
-        listener.listen(sockets.BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _leave(listener: socket.SocketType, path: str) -> None:

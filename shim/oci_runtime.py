@@ -129,27 +129,41 @@ class Bundled:
     child that only makes system calls where that is enough (exec).
 
     A fork of the shim costs about 2 ms (pages that are copied, a process that ends), more than all that a start or a
-    delete does; they are forked only where hooks run, which may take as long as they like.
+    delete does; they are forked only where hooks run, which may take as long as they like. A create writes to more
+    memory than a shim is to have of its own, so it is forked, too, but for a `warm` shim, which has that memory.
     """
 
-    def __init__(self, loop: Loop, children: Children, settings: RuntimeSettings) -> None:
+    def __init__(self, loop: Loop, children: Children, settings: RuntimeSettings, *, warm: bool = False) -> None:
         self._loop = loop
         self._children = children
         self._settings = settings
+        self._warm = warm
         self._hooks = True  # until the specification is known to have none
 
     async def create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
-        try:
-            created = Created(*await self._forked("OCI runtime create failed", self._create, container, io, rootfs))
-        except RuntimeDied:
-            await self._undo_create(container)
-            raise
+        failed = "OCI runtime create failed"
+        spec = read_spec(self._settings.bundle) if self._warm and not self._settings.systemd_cgroup else None
+        if spec is not None and bundled.creates_here(spec):
+            try:
+                created = Created(*self._create(container, io, rootfs, spec))
+            except (ContainerError, OSError) as error:
+                raise told_as(failed, error) from error
+        else:
+            try:
+                created = Created(*await self._forked(failed, self._create, container, io, rootfs, spec))
+            except RuntimeDied:
+                await self._undo_create(container)
+                raise
         self._hooks = created.hooks
         return created
 
-    def _create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> tuple[int, bool, bool]:
-        """In the child: what the shim doesn't do itself leaves its memory shared."""
-        spec, request = self._request(container, io, rootfs)
+    def _create(
+        self, container: str, io: ProcessIO, rootfs: Sequence[Mount], spec: dict[str, Any] | None
+    ) -> tuple[int, bool, bool]:
+        """In a child, mostly: what the shim doesn't do itself leaves its memory shared."""
+        if spec is None:
+            spec = read_spec(self._settings.bundle)
+        request = self._request(container, io, rootfs, spec)
         try:
             pid = bundled.create(request)
         except BaseException:
@@ -158,14 +172,13 @@ class Bundled:
         return pid, shares_pids(spec), bool(spec.get("hooks"))
 
     def _request(
-        self, container: str, io: ProcessIO, rootfs: Sequence[Mount]
-    ) -> tuple[dict[str, Any], bundled.CreateRequest]:
-        """The specification and what the runtime is asked; the root is mounted."""
+        self, container: str, io: ProcessIO, rootfs: Sequence[Mount], spec: dict[str, Any]
+    ) -> bundled.CreateRequest:
+        """What the runtime is asked; the root is mounted."""
         settings = self._settings
-        spec = read_spec(settings.bundle)
         mount_rootfs(settings.bundle, rootfs)
         reach("runtime.create.mounted")
-        request = bundled.CreateRequest(
+        return bundled.CreateRequest(
             settings.root,
             container,
             settings.bundle,
@@ -177,7 +190,6 @@ class Bundled:
             no_new_keyring=settings.no_new_keyring,
             systemd_cgroup=settings.systemd_cgroup,
         )
-        return spec, request
 
     async def _undo_create(self, container: str) -> None:
         """The runtime was killed (for lack of memory, perhaps) and couldn't take back what it had done."""
@@ -301,7 +313,8 @@ class Bundled:
         self, container: str, source: Checkpoint, io: ProcessIO, rootfs: Sequence[Mount]
     ) -> tuple[int, bool, bool]:
         """In the child, as `_create`."""
-        spec, request = self._request(container, io, rootfs)
+        spec = read_spec(self._settings.bundle)
+        request = self._request(container, io, rootfs, spec)
         try:
             pid = bundled.restore(request, _criu_options(source))
         except BaseException:

@@ -25,9 +25,13 @@ DRAIN_STEP, DRAIN_LIMIT = 2.0, 10.0
 
 
 class Shim:
-    """What every part of a shim works with. `runtime_root`: where the bundled runtime keeps this namespace's state."""
+    """What every part of a shim works with.
 
-    __slots__ = ("children", "loop", "namespace", "publisher", "runtime_root")
+    `runtime_root`: where the bundled runtime keeps this namespace's state. `warm`: this process had a container before,
+    so that its memory is its own already.
+    """
+
+    __slots__ = ("children", "loop", "namespace", "publisher", "runtime_root", "warm")
 
     def __init__(self, loop: Loop, children: Children, publisher: Publisher) -> None:
         self.loop = loop
@@ -35,6 +39,7 @@ class Shim:
         self.publisher = publisher
         self.namespace = ""
         self.runtime_root = ""
+        self.warm = False
 
 
 class Process:

@@ -38,15 +38,22 @@ Services = Mapping[str, Mapping[str, Handler]]
 
 
 class Server:
-    """Serves `services`; `connected` is called for each new connection, `answered` after each answer."""
+    """Serves `services`; `connected` is called for each new connection, `left` for each that ended, `answered` after
+    each answer."""
 
     def __init__(
-        self, loop: Loop, services: Services, connected: Callable[[], None], answered: Callable[[], None]
+        self,
+        loop: Loop,
+        services: Services,
+        connected: Callable[[], None],
+        left: Callable[[], None],
+        answered: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._services = services
         self._listener: socket.SocketType | None = None
         self._connected = connected
+        self._left = left
         self._answered = answered
         self._connections: set[_Connection] = set()
 
@@ -68,8 +75,12 @@ class Server:
 
     def adopt(self, peer: int) -> None:
         """Serve a connected, non-blocking socket, given as a descriptor that is the server's from now on."""
-        self._connections.add(_Connection(self._loop, self._services, peer, self._connections.discard, self._answered))
+        self._connections.add(_Connection(self._loop, self._services, peer, self._gone, self._answered))
         self._connected()
+
+    def _gone(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        self._left()
 
     @property
     def unsent(self) -> bool:
@@ -81,12 +92,21 @@ class Server:
         """True while somebody is connected."""
         return bool(self._connections)
 
-    def close(self) -> None:
-        """Stop listening and cut all connections."""
+    @property
+    def lone(self) -> bool:
+        """True while one is connected and no other."""
+        return len(self._connections) == 1
+
+    def stop_listening(self) -> None:
+        """Take no more connections."""
         if self._listener is not None:
             self._loop.forget(self._listener.fileno())
             self._listener.close()
             self._listener = None
+
+    def close(self) -> None:
+        """Stop listening and cut all connections."""
+        self.stop_listening()
         for connection in list(self._connections):
             connection.close()
 

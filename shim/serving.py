@@ -11,23 +11,24 @@ import os
 import signal
 import socket
 import sys
-from typing import Final, NamedTuple
+from typing import Final
 
 from wherry.core.failpoints import reach
 from wherry.linux import cgroups
 from wherry.linux.process import set_child_subreaper, set_process_title
+from wherry.shim.birth import NAME, Parameters, show
 from wherry.shim.events import Publisher
 from wherry.shim.log import log
-from wherry.shim.loop import Children, Loop, ignore
+from wherry.shim.loop import Children, Loop, Timer, ignore
 from wherry.shim.oci_runtime import BUNDLED_ROOT
 from wherry.shim.process import Shim
+from wherry.shim.reuse import ReuseService
 from wherry.shim.sandbox import SandboxService
 from wherry.shim.server import Server
 from wherry.shim.streams import StreamService
 from wherry.shim.task import TaskService
 from wherry.shim.template import Template
 
-NAME: Final = "containerd-shim-wherry-v1"
 # events that the daemon doesn't take hold up the end of a shim for so long (containerd's shim: 5 s)
 FLUSH: Final = 5.0
 # a shim whose daemon died between starting it and using it ends by itself after so many seconds
@@ -37,21 +38,6 @@ REST: Final = 0.4
 _MAX_OOM_SCORE: Final = 1000
 # a terminal that goes away or a service manager's SIGTERM don't end a container
 IGNORED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Parameters(NamedTuple):
-    """What a shim is told at its start. `bundle` is also its working directory; `socket` the path it listens on."""
-
-    namespace: str
-    id: str
-    bundle: str
-    socket: str
-    ttrpc_address: str = ""
-    grpc_address: str = ""
-    publish_binary: str = ""
-    runtime_root: str = ""
-    shim_cgroup: str = ""
-    oom_score_adj: int | None = None
 
 
 def install_signals() -> None:
@@ -64,8 +50,7 @@ def install_signals() -> None:
 def become_shim(parameters: Parameters) -> None:
     """Make this process one that outlives its parent and whose orphans come to it; before it serves."""
     set_child_subreaper()
-    title = [NAME, "-namespace", parameters.namespace, "-id", parameters.id, "-address", parameters.grpc_address]
-    set_process_title(title, NAME)
+    show(parameters)
     if parameters.oom_score_adj is not None:
         _write_oom_score(parameters.oom_score_adj)
     if parameters.shim_cgroup:
@@ -105,38 +90,96 @@ class Life:
         self.shim = Shim(self.loop, self.children, self.publisher)
         self.service = TaskService(self.shim, self._shut_down)
         self.sandbox = SandboxService(self.shim, self.service, self._shut_down)
-        streams = StreamService(self.service)
-        services = {**self.service.services(), **self.sandbox.services(), **streams.services()}
-        self.server = Server(self.loop, services, self.publisher.retry_now, self._answered)
+        parts = (self.service, self.sandbox, StreamService(self.service), ReuseService(self))
+        services = {name: methods for part in parts for name, methods in part.services().items()}
+        self.server = Server(self.loop, services, self.publisher.retry_now, self._left, self._answered)
         self.template: Template | None = None
+        self.vacant = False
+        """It has no container, and waits for the next one."""
+        self._socket = ""
+        self._daemon = ""
         self._resting = False
         self._ending = False
+        self._overdue: Timer | None = None
 
     def begin(self, parameters: Parameters) -> None:
         """Get what can't be shared with other shims, and take up the parameters."""
         self.loop.open()
         self.children.open()
+        self._take_up(parameters)
+
+    def _take_up(self, parameters: Parameters) -> None:
         self.publisher.address(
             parameters.namespace,
             parameters.ttrpc_address,
             binary=parameters.publish_binary,
             grpc_address=parameters.grpc_address,
         )
+        self._daemon = parameters.grpc_address
         self.shim.namespace = parameters.namespace
         self.shim.runtime_root = parameters.runtime_root or f"{BUNDLED_ROOT}/{parameters.namespace}"
 
     def serve(self, listener: socket.SocketType, parameters: Parameters) -> None:
         """Serve the task API until Shutdown; then remove the socket."""
         self.begin(parameters)
-        self.server.listen(listener)
-        self.loop.later(UNUSED, self._unused)
+        self._listen(listener, parameters)
         try:
             self.loop.run()
         finally:
             self.server.close()
-            with contextlib.suppress(OSError):
-                os.unlink(parameters.socket)
+            self._unlink()
             reach("shim.shutdown.unlinked")
+
+    def _listen(self, listener: socket.SocketType, parameters: Parameters) -> None:
+        self._socket = parameters.socket
+        self.server.listen(listener)
+        self._overdue = self.loop.later(UNUSED, self._unused)
+
+    def _unlink(self) -> None:
+        path, self._socket = self._socket, ""
+        if path:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    # -- from one container to the next (`reuse.py`)
+
+    @property
+    def can_vacate(self) -> bool:
+        """Whether nothing is left of the containers that it had, and the daemon that asks is the only one here."""
+        return (
+            self.service.idle
+            and not self._ending
+            and not self.vacant
+            and not self.publisher.queue
+            and self.server.lone
+            and self.children.none_left()
+        )
+
+    def vacate(self) -> None:
+        """Let go of what belonged to the container, its name last."""
+        if self._overdue is not None:
+            self._overdue.cancel()
+        self.server.stop_listening()
+        self._unlink()
+        os.chdir("/")
+        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, 2)
+        os.close(null)
+        set_process_title([NAME, "-vacant", "-address", self._daemon], NAME)
+        self.vacant = self.shim.warm = True
+
+    def occupy(self, listener: socket.SocketType, parameters: Parameters) -> None:
+        """Serve on, for another container."""
+        self.vacant = False
+        self._take_up(parameters)
+        self._listen(listener, parameters)
+
+    def _left(self) -> None:
+        """A connection has ended: who had this shim in reserve is gone."""
+        if self.vacant and not self.server.connected:
+            self.loop.stop()
+
+    # -- its ends
 
     def _answered(self) -> None:
         """After a burst of calls, what they wrote to and left as it was is given back."""
@@ -174,7 +217,7 @@ class Life:
         if not self.service.idle:
             return
         if self.server.connected:
-            self.loop.later(UNUSED, self._unused)
+            self._overdue = self.loop.later(UNUSED, self._unused)
         else:
             log("warning", "nobody used this shim")
             self.loop.stop()

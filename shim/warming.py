@@ -29,7 +29,8 @@ from wherry.proto.ttrpc.frames import Answer, Call, ClientConnection, ServerConn
 from wherry.runtime import container as bundled
 from wherry.runtime import state
 from wherry.runtime.container import CreateRequest, ExecRequest
-from wherry.shim.serving import Life, Parameters, become_shim
+from wherry.shim.birth import Parameters
+from wherry.shim.serving import Life, become_shim
 from wherry.shim.warming_runtime import walk_runtime
 
 # a function is specialised after 8 calls, its instructions one by one in the calls after that

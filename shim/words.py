@@ -8,7 +8,10 @@ No string may contain a zero byte: none of these can (paths, identifiers, number
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+# the service by which a shim is told to be another container's, in the same words
+REUSE: Final = "wherry.shim.v1.Reuse"
 
 
 class ShimWords(NamedTuple):

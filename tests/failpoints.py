@@ -19,7 +19,9 @@ class Point(NamedTuple):
     """A place. `dies` is the process that gets SIGKILL there; with `kill_shim` the shim is killed to get there.
 
     `nth`: the process goes on the first times that it comes there. `hooks`: the container has hooks, with which its
-    first process is forked in the old way and starts and deletes are forked, too.
+    first process is forked in the old way and starts and deletes are forked, too. `warm`: there is a shim that had a
+    container before; else there is none. `held`: somebody else is connected to the shim, so that it isn't kept for the
+    next container, but leaves.
     """
 
     name: str
@@ -28,23 +30,25 @@ class Point(NamedTuple):
     kill_shim: bool = False
     nth: int = 1
     hooks: bool = False
+    warm: bool = False
+    held: bool = False
 
     @property
     def title(self) -> str:
         """What the file says, and a test is called."""
-        return f"{self.name}:{self.nth}{'+hooks' if self.hooks else ''}"
+        how = {"+hooks": self.hooks, "+warm": self.warm, "+held": self.held}
+        return f"{self.name}:{self.nth}{''.join(word for word, is_so in how.items() if is_so)}"
 
 
-def _points(
-    dies: str, end: str, *names: str, kill_shim: bool = False, nth: int = 1, hooks: bool = False
-) -> list[Point]:
-    return [Point(name, dies, end, kill_shim, nth, hooks) for name in names]
+def _points(dies: str, end: str, *names: str, nth: int = 1, **how: bool) -> list[Point]:
+    return [Point(name, dies, end, nth=nth, **how) for name in names]
 
 
 _EXIT = ("shim.exit.reaped", "shim.exit.written", "shim.exit.published", "shim.exit.told")
 POINTS: Final = [
     *_points("daemon", GONE, "daemon.record.created", "daemon.create.bundled"),
     *_points("daemon", GONE, "daemon.create.planned", "daemon.create.spawned", "daemon.create.connected"),
+    *_points("daemon", GONE, "daemon.create.occupied", warm=True),
     *_points("daemon", KEPT, "daemon.create.created"),
     *_points("daemon", KEPT, "daemon.start.asked", "daemon.start.done", "daemon.exec.asked"),
     *_points("daemon", KEPT, "daemon.start.asked", "daemon.start.done", nth=2),  # of the exec
@@ -55,7 +59,7 @@ POINTS: Final = [
     *_points("daemon", KEPT, "daemon.wait.answered"),
     *_points("daemon", KEPT, "daemon.wait.answered", nth=2),
     *_points("daemon", KEPT, "daemon.delete.asked", "daemon.delete.done"),
-    *_points("daemon", KEPT, "daemon.end.left", "daemon.end.hidden"),
+    *_points("daemon", KEPT, "daemon.end.vacant", "daemon.end.left", "daemon.end.hidden"),
     *_points("daemon", KEPT, "daemon.record.logless", "daemon.record.deleted"),
     *_points("daemon", LOST, "daemon.bury.begun", "daemon.bury.deleted", "daemon.bury.told", kill_shim=True),
     *_points("daemon", LOST, "daemon.bury.removed", kill_shim=True),
@@ -73,10 +77,16 @@ POINTS: Final = [
     *_points("shim", LOST, "shim.exit.seen", nth=2),
     *_points("shim", KEPT, *_EXIT, nth=2),
     *_points("shim", KEPT, "shim.delete.asked", "shim.delete.drained", "shim.delete.deleted", "shim.delete.done"),
-    *_points("shim", KEPT, "shim.shutdown.asked", "shim.shutdown.emptied", "shim.shutdown.unlinked"),
+    *_points("shim", KEPT, "shim.vacate.emptied", "shim.vacate.done"),
+    *_points("shim", KEPT, "shim.shutdown.asked", "shim.shutdown.emptied", "shim.shutdown.unlinked", held=True),
+    *_points("shim", GONE, "shim.occupy.asked", "shim.occupy.bound", "shim.create.made", warm=True),
     *_points("runtime", GONE, "runtime.create.mounted", "runtime.create.taken", "runtime.create.cgroup"),
     *_points("runtime", GONE, "runtime.create.recorded", "runtime.answering"),
     *_points("runtime", GONE, "runtime.borrowed.namespaces", "runtime.borrowed.waits"),
+    # of a create by the shim itself
+    *_points("shim", GONE, "runtime.create.mounted", "runtime.create.taken", "runtime.create.cgroup", warm=True),
+    *_points("shim", GONE, "runtime.borrowed.namespaces", "runtime.borrowed.waits", warm=True),
+    *_points("shim", GONE, "runtime.create.recorded", warm=True),
     # of an exec by the shim itself
     *_points("shim", LOST, "runtime.entering.started"),
     # of an exec that is for the runtime, and isn't forked there

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import sys
 import threading
@@ -68,6 +69,7 @@ class Rig:
         self._client: Client | None = None
         self._stays = 0
         self._number = 0
+        self._held: list[socket.socket] = []
 
     def __enter__(self) -> Self:
         self.daemon.start()
@@ -121,6 +123,7 @@ class Rig:
         self._number += 1
         life = Life(f"c{self._number}")
         self._await_fork_server()
+        self._await_vacant(wanted=point.warm)
         self.fail.write_text(f"{point.name}:{point.nth}")
         second = threading.Thread(target=self._kill_also, args=(point, life.name), daemon=True)
         if also:
@@ -131,6 +134,8 @@ class Rig:
             time.sleep(0.01)
         reached = not self.fail.exists()
         self.fail.unlink(missing_ok=True)
+        while self._held:
+            self._held.pop().close()
         if also:
             second.join(LIFE)
         self._await_daemon()
@@ -156,6 +161,25 @@ class Rig:
                     if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"wherry-forkserver\0"):
                         return
             time.sleep(0.02)
+
+    def _await_vacant(self, *, wanted: bool) -> None:
+        """Have a shim without a container, or none."""
+        deadline = time.monotonic() + LIFE
+        while bool(self.daemon.vacant()) is not wanted and time.monotonic() < deadline:
+            if wanted:
+                before = Life("before")
+                self._live(before, Point("", "", KEPT))
+                if before.errors:
+                    raise AssertionError(f"a life before: {before}")
+            time.sleep(0.02)
+
+    def _hold(self) -> None:
+        """Be connected to every shim."""
+        for path in (self.daemon.state / "s").glob("*"):
+            peer = socket.socket(socket.AF_UNIX)
+            self._held.append(peer)
+            with contextlib.suppress(OSError):
+                peer.connect(str(path))
 
     def _kill_also(self, point: Point, name: str) -> None:
         deadline = time.monotonic() + LIFE
@@ -216,6 +240,8 @@ class Rig:
 
     def _while_it_runs(self, life: Life, point: Point, pid: int) -> None:
         name = life.name
+        if point.held:
+            self._hold()
         if life.exec_waited is None:
             self._exec(life, borrowed=point.name.startswith("runtime.borrowed."))
         if point.kill_shim:

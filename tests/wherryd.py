@@ -33,6 +33,7 @@ from tests.peers import need
 
 BUSYBOX = busybox.NAME
 # an emulated machine takes its time
+VACANT = "containerd-shim-wherry-v1 -vacant "
 START_TIMEOUT = float(os.environ.get("WHERRY_TESTS_START_SECONDS", "60"))
 
 
@@ -163,12 +164,19 @@ class Wherryd:
         return sorted(str(path.relative_to(self.state / "tasks")) for path in (self.state / "tasks").glob("*/*"))
 
     def leftovers(self) -> list[str]:
-        """What containers may leave behind, the daemon and its helpers aside: shims, mounts, bundles, sockets."""
-        own = set() if self.process is None else _tree(self.process.pid)
+        """What containers may leave behind, the daemon and its helpers aside: shims, mounts, bundles, sockets.
+
+        A vacant shim is one of the helpers as long as its daemon lives.
+        """
+        own = set() if self.process is None else {*_tree(self.process.pid), *self.vacant()}
         found = [f"process {pid}: {_command_line(pid)}" for pid in self.processes() if pid not in own]
         found += [f"mount {target}" for target in self.mounts()]
         found += [f"bundle {name}" for name in self.bundles()]
         return found + [f"socket {path.name}" for path in (self.state / "s").glob("*")]
+
+    def vacant(self) -> list[int]:
+        """The pids of shims that had a container and wait for another one (`daemon/vacant.py`)."""
+        return [pid for pid in self.processes() if VACANT in _command_line(pid)]
 
     def settle(self, timeout: float = 30.0) -> list[str]:
         """`leftovers`, given up to `timeout` seconds to become none."""

@@ -77,6 +77,11 @@ class TtrpcClient:
         """Whether the connection has ended."""
         return self._error is not None
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return bool(self._calls or self._streams)
+
     async def wait_closed(self) -> WherryError:
         """Wait for the end of the connection; returns the reason (ClientClosed or ConnectionLost)."""
         return await asyncio.shield(self._closed)
@@ -84,6 +89,10 @@ class TtrpcClient:
     async def close(self) -> None:
         """Close the connection; calls under way fail with ClientClosed."""
         self._end(ClientClosed(f"{self._address}: ttrpc: closed by this side"))
+
+    def watch(self, on_close: Callable[[WherryError], None]) -> None:
+        """Have another one hear of the connection's end than who was told so far."""
+        self._on_close = on_close
 
     # -- calls
 
