@@ -177,7 +177,7 @@ class Starter:
         request = self._request(bundle, launch, options, _name(bundle, launch))
         shim.marked = request.marked
         if not (launch.group or shim.marked or self._forks.watched()):
-            vacancy = await self._vacant.give(request.in_bytes(), CONNECT)
+            vacancy = await self._vacant.give(request.in_bytes())
             if vacancy is not None:
                 shim.take(vacancy.client, on_close)
                 shim.bootstrap, shim.lives = replace(shim.bootstrap, pid=vacancy.pid), vacancy.lives

@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 from typing import Final, NamedTuple
 
+import structlog
 from google.protobuf import empty_pb2, wrappers_pb2
 
-from wherry.core.errors import WherryError
+from wherry.core.errors import DeadlineExceeded, WherryError
 from wherry.daemon.link import Shim
 from wherry.proto import wherry_shim_pb2 as _shim  # noqa: F401  # declares the service
 from wherry.proto.ttrpc.client import TtrpcClient
 from wherry.shim.client import REUSE
 
+log = structlog.get_logger(__name__)
+
 # how many at most, for how many seconds, and for how many containers: whatever a shim may gather, it gathers no more
 _MOST: Final = 8
 _KEPT: Final = 1.0
 _LIVES: Final = 64
+# seconds for a shim to take a container, which is a few system calls; one that doesn't answer is left
+_OCCUPY: Final = 2.0
 
 
 class Vacancy(NamedTuple):
@@ -37,6 +42,7 @@ class Vacant:
     def __init__(self) -> None:
         self._there: dict[Vacancy, asyncio.TimerHandle] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        self._coming = 0
         self._closed = False
 
     async def keep(self, shim: Shim, limit: float) -> bool:
@@ -47,12 +53,15 @@ class Vacant:
         client = shim.client
         if not isinstance(client, TtrpcClient) or client.closed or client.busy:
             return False  # an end of the connection is what tells those who still wait
-        if self._closed or len(self._there) >= _MOST or shim.lives >= _LIVES:
+        if self._closed or len(self._there) + self._coming >= _MOST or shim.lives >= _LIVES:
             return False
+        self._coming += 1
         try:
             await shim.call("Vacate", empty_pb2.Empty(), empty_pb2.Empty, limit, REUSE)
         except WherryError:
             return False
+        finally:
+            self._coming -= 1
         shim.part()
         if self._closed or client.closed or client.busy:
             await client.close()  # and the shim goes with it
@@ -62,15 +71,18 @@ class Vacant:
         client.watch(lambda error: self._forget(one))
         return True
 
-    async def give(self, words: bytes, limit: float) -> Vacancy | None:
+    async def give(self, words: bytes) -> Vacancy | None:
         """A shim that has become another container's, which `words` describe; None where there is none that would."""
         while self._there:
             one = next(reversed(self._there))  # the warmest
             self._forget(one)
             try:
-                await one.client.call(REUSE, "Occupy", wrappers_pb2.BytesValue(value=words), timeout=limit)
-            except WherryError:
+                await one.client.call(REUSE, "Occupy", wrappers_pb2.BytesValue(value=words), timeout=_OCCUPY)
+            except WherryError as error:
+                log.warning("a shim in reserve is no good", pid=one.pid, error=error.message)
                 await one.client.close()
+                if isinstance(error, DeadlineExceeded):
+                    return None  # a machine that thrashes: no second one is tried
             else:
                 return one._replace(lives=one.lives + 1)
         return None

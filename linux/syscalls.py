@@ -401,6 +401,14 @@ def prlimit(pid: int, resource: int, soft: int, hard: int) -> None:
         _raise(f"rlimit {resource}")
 
 
+def get_rlimit(pid: int, resource: int) -> tuple[int, int]:
+    """The soft and the hard limit, by prlimit(2)."""
+    limit = _Rlimit(0, 0)
+    if libc.prlimit64(_int(pid), _int(resource), _ptr(None), ctypes.byref(limit)) != 0:
+        _raise(f"rlimit {resource}")
+    return limit.soft, limit.hard
+
+
 def ioctl(fd: int, request: int, argument: object = 0) -> int:
     """ioctl(2); the argument is a number or a ctypes buffer."""
     last = _long(argument) if isinstance(argument, int) else ctypes.byref(argument)  # type: ignore[arg-type]

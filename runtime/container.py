@@ -208,11 +208,15 @@ def create(request: CreateRequest) -> int:
 def creates_here(spec: dict[str, Any]) -> bool:
     """Whether `create` makes a container of this specification without a fork, in the time of a few system calls.
 
-    True only after `preload`. It isn't where a child of the caller would talk to it, or hooks run.
+    True only after `preload`. It isn't where a child of the caller would talk to it, hooks run, or a seccomp filter has
+    to be compiled first.
     """
-    borrowed = sys.modules.get("wherry.runtime.borrowed")
+    borrowed, seccomp = sys.modules.get("wherry.runtime.borrowed"), sys.modules.get("wherry.runtime.seccomp")
     try:
-        return borrowed is not None and bool(borrowed.suits(spec))
+        if borrowed is None or seccomp is None or not borrowed.suits(spec):
+            return False
+        profile = (spec.get("linux") or {}).get("seccomp")
+        return not profile or seccomp.kept_filter(profile) is not None
     except (AttributeError, KeyError, TypeError, ValueError):  # `create` says what is wrong with it
         return False
 

@@ -71,7 +71,10 @@ def compile_filter(profile: Mapping[str, Any], cache: str | None = None) -> byte
 def kept_filter(profile: Mapping[str, Any]) -> bytes | None:
     """`compile_filter` for who may not compile: None where the program isn't kept yet."""
     digest = _digest(profile)
-    return _memory.get(digest) or _read(_cache_path(default_cache(), digest))
+    program = _memory.get(digest) or _read(_cache_path(default_cache(), digest))
+    if program:
+        _memory[digest] = program
+    return program
 
 
 def filter_flags(profile: Mapping[str, Any]) -> int:

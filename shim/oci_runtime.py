@@ -142,20 +142,25 @@ class Bundled:
 
     async def create(self, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created:
         failed = "OCI runtime create failed"
-        spec = read_spec(self._settings.bundle) if self._warm and not self._settings.systemd_cgroup else None
-        if spec is not None and bundled.creates_here(spec):
+        created = self._created_here(failed, container, io, rootfs) if self._warm else None
+        if created is None:
             try:
-                created = Created(*self._create(container, io, rootfs, spec))
-            except (ContainerError, OSError) as error:
-                raise told_as(failed, error) from error
-        else:
-            try:
-                created = Created(*await self._forked(failed, self._create, container, io, rootfs, spec))
+                created = Created(*await self._forked(failed, self._create, container, io, rootfs, None))
             except RuntimeDied:
                 await self._undo_create(container)
                 raise
         self._hooks = created.hooks
         return created
+
+    def _created_here(self, failed: str, container: str, io: ProcessIO, rootfs: Sequence[Mount]) -> Created | None:
+        """Made without a fork; None where that isn't for this process."""
+        if self._settings.systemd_cgroup:
+            return None
+        try:
+            spec = read_spec(self._settings.bundle)
+            return Created(*self._create(container, io, rootfs, spec)) if bundled.creates_here(spec) else None
+        except (ContainerError, OSError) as error:
+            raise told_as(failed, error) from error
 
     def _create(
         self, container: str, io: ProcessIO, rootfs: Sequence[Mount], spec: dict[str, Any] | None

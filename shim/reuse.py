@@ -22,6 +22,7 @@ from google.protobuf.wrappers_pb2 import BytesValue
 
 from wherry.core.errors import FailedPrecondition
 from wherry.core.failpoints import reach
+from wherry.proto.ttrpc import sockets
 from wherry.shim.birth import bind, own_streams, parameters_of, show
 from wherry.shim.server import Handler, Services
 from wherry.shim.words import REUSE, ShimWords, split
@@ -60,7 +61,10 @@ class ReuseService:
         words = ShimWords(*split(request.value))
         parameters = parameters_of(words)
         own_streams(parameters.bundle, words.log_level)
-        listener = bind(parameters.socket)
+        try:
+            listener = bind(parameters.socket)
+        except OSError:  # a file that nobody listens on is there, or the path is too long for the short way
+            listener = sockets.bind(parameters.socket, replace=True)
         try:
             show(parameters)
         except BaseException:

@@ -196,6 +196,7 @@ class SandboxService:
             raise errors.AlreadyExists(f"sandbox {self._sandbox.id}: already exists")
         self._sandbox = sandbox = Sandbox(self._shim, request)
         self._tasks.held = True
+        self._shim.warm = False  # a shim of several may not be lost with one of them
         try:
             await sandbox.create(request)
         except BaseException:

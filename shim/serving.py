@@ -101,6 +101,7 @@ class Life:
         self._resting = False
         self._ending = False
         self._overdue: Timer | None = None
+        self._vacated = -1
 
     def begin(self, parameters: Parameters) -> None:
         """Get what can't be shared with other shims, and take up the parameters."""
@@ -167,16 +168,20 @@ class Life:
         os.close(null)
         set_process_title([NAME, "-vacant", "-address", self._daemon], NAME)
         self.vacant = self.shim.warm = True
+        self._vacated = self.service.begun
 
     def occupy(self, listener: socket.SocketType, parameters: Parameters) -> None:
         """Serve on, for another container."""
-        self.vacant = False
         self._take_up(parameters)
         self._listen(listener, parameters)
+        self.vacant = False
 
     def _left(self) -> None:
-        """A connection has ended: who had this shim in reserve is gone."""
-        if self.vacant and not self.server.connected:
+        """A connection has ended: who had this shim in reserve is gone, perhaps while it gave it a container.
+
+        The daemon that comes next may have looked for that container's shim before there was one.
+        """
+        if self._vacated == self.service.begun and not self.server.connected:
             self.loop.stop()
 
     # -- its ends

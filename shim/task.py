@@ -35,6 +35,8 @@ class TaskService:
         self._shut_down = shut_down
         self.containers: dict[str, Container] = {}
         self._creating: set[str] = set()
+        self.begun = 0
+        """How many creates were asked for, ever."""
         self.held = False
         """The shim has a sandbox, which ends it."""
 
@@ -85,6 +87,7 @@ class TaskService:
         if request.id in self.containers or request.id in self._creating:
             raise errors.AlreadyExists(f"task {request.id}: already exists")
         self._creating.add(request.id)
+        self.begun += 1
         try:
             reach("shim.create.asked")
             container = Container(self._shim, request)

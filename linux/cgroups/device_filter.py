@@ -13,7 +13,7 @@ import os
 import struct
 
 from wherry.linux.cgroups.devices import ANY, Rule, allows_all
-from wherry.linux.syscalls import prlimit
+from wherry.linux.syscalls import get_rlimit, prlimit
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351, "armv7l": 386}
 _PROG_LOAD, _PROG_ATTACH, _PROG_DETACH, _PROG_GET_FD_BY_ID, _PROG_QUERY = 5, 8, 9, 13, 16
@@ -112,8 +112,12 @@ def _load(instructions: bytes, directory: str) -> int:
     except OSError as error:
         if error.errno == errno.EPERM:
             # before 5.11 programs are charged to RLIMIT_MEMLOCK, which is 64 KiB or less by default
+            before = get_rlimit(0, _RLIMIT_MEMLOCK)
             prlimit(0, _RLIMIT_MEMLOCK, _RLIM_INFINITY, _RLIM_INFINITY)
-            return _prog_load(instructions, None, directory)
+            try:
+                return _prog_load(instructions, None, directory)
+            finally:
+                prlimit(0, _RLIMIT_MEMLOCK, *before)
         log = ctypes.create_string_buffer(65536)
         try:
             return _prog_load(instructions, log, directory)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from tests.peers import need
 from tests.wherryd import BUSYBOX, Wherryd
 from wherry.client import connect
 from wherry.client.containers import Container
@@ -20,6 +24,11 @@ from wherry.client.spec import SpecOptions
 from wherry.client.tasks import Stdio
 from wherry.core.errors import NotFound
 from wherry.daemon import vacant
+from wherry.proto.ttrpc.client import TtrpcClient
+from wherry.shim.client import Bootstrap
+
+if TYPE_CHECKING:
+    from wherry.daemon.link import Shim
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +256,71 @@ def test_who_still_waits_in_it_hears_of_the_end(daemon: Wherryd) -> None:
 
     asyncio.run(run())
     assert daemon.vacant() == []
+
+
+def test_one_that_an_earlier_daemon_had_is_not_used_again(daemon: Wherryd) -> None:
+    """Its code may be older than the daemon's."""
+    daemon.ctr("run", "-d", BUSYBOX, "long", "sleep", "1000")
+    pid = shim_of(daemon, "long")
+    daemon.restart()
+    daemon.ctr("task", "delete", "--force", "long", check=False)
+    daemon.ctr("containers", "delete", "long")
+    ended(pid)
+    assert daemon.vacant() == []
+
+
+async def test_no_more_are_kept_than_are_allowed() -> None:
+    """However many containers are deleted at once."""
+
+    class Client(TtrpcClient):
+        async def close(self) -> None:
+            return
+
+    class Slow:
+        def __init__(self) -> None:
+            self.client = Client()
+            self.lives = 1
+            self.bootstrap = Bootstrap("unix:///nowhere")
+
+        async def call(self, *_: object) -> None:
+            await asyncio.sleep(0.01)
+
+        def part(self) -> None:
+            return
+
+    reserve = vacant.Vacant()
+    kept = await asyncio.gather(*(reserve.keep(cast("Shim", Slow()), 1.0) for _ in range(40)))
+    assert sum(kept) == vacant._MOST
+    await reserve.close()
+
+
+def test_a_stale_socket_is_in_nobodys_way(daemon: Wherryd) -> None:
+    pid = one(daemon)
+    place = daemon.state / "s" / hashlib.sha256(b"default/after").hexdigest()[:32]
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(place))
+    daemon.ctr("run", "-d", BUSYBOX, "after", "sleep", "1000")
+    assert shim_of(daemon, "after") == pid
+    daemon.ctr("task", "delete", "--force", "after", check=False)
+    daemon.ctr("containers", "delete", "after")
+
+
+def test_a_daemon_that_dies_while_it_gives_one_away(daemon: Wherryd) -> None:
+    """The shim was told, and the daemon was gone before the answer: it ends as if nobody had told it anything."""
+    pid = one(daemon)
+    os.kill(pid, signal.SIGSTOP)
+    with subprocess.Popen(
+        [need("ctr"), "-a", daemon.address, "run", "--rm", BUSYBOX, "after", "true"], stderr=subprocess.DEVNULL
+    ) as run:
+        deadline = time.monotonic() + 5
+        while daemon.vacant() and not (daemon.state / "tasks/default/after").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(0.1)
+        daemon.kill()
+        os.kill(pid, signal.SIGCONT)
+        run.kill()
+    ended(pid)
+    daemon.start()
+    assert daemon.settle() == []
+    daemon.ctr("containers", "delete", "after", check=False)
