@@ -243,7 +243,7 @@ async def modules(shim: Shim) -> list[str]:
     size = log.stat().st_size
     os.kill(shim.bootstrap.pid, signal.SIGUSR1)
     async with asyncio.timeout(30):
-        while b"modules=" not in (text := log.read_bytes()[size:]):
+        while b"modules=" not in (text := log.read_bytes()[size:]) or not text.endswith(b"\n"):
             await asyncio.sleep(0.005)
     line = next(line for line in text.splitlines() if b"modules=" in line)
     return str(json.loads(line.split(b"modules=", 1)[1])).split()
