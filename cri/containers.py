@@ -154,6 +154,7 @@ class Members:
             await asyncio.to_thread(shutil.rmtree, self._maker.restored(member.id), ignore_errors=True)
         # before the answer: where daemon and shim are killed after it, nobody else would say that it ran
         await self._write(member)
+        reach("cri.start.noted")
 
     def _restoring(self, member: Member) -> Message | None:
         """The runtime's options, where a container is made from a checkpoint."""

@@ -108,7 +108,7 @@ class Shim:
         self.limits = limits
         self.shim_log: ShimLog | None = None
         self.pid = 0  # of the container's init, as last heard
-        self.marked = False  # it is for no other container: it has a cgroup of its own, or was there before the daemon
+        self.single_use = False  # for no other container: it has its own cgroup, or was there before the daemon
         self.lives = 1  # which of its containers this is (`vacant.py`)
         self.mute = False  # its last answer didn't come in time
         self.leaving = False  # it was told to, or is being cleaned up after

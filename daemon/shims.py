@@ -399,7 +399,7 @@ class Shims:
             key = bundle.namespace, bundle.id
             launch = bundle.launch()
             shim = Shim(bundle, launch, bundle.bootstrap() or self._starter.planned(bundle, launch), self._limits)
-            shim.marked = True  # another daemon's, perhaps with older code: not for what is made from now on
+            shim.single_use = True  # another daemon's, perhaps with older code: not for what is made from now on
             self._loading[key] = shim
             self._starter.use(shim)  # before any of them is looked at: one may be another's, too
             self._spawn(self._load(shim))

@@ -102,7 +102,7 @@ class Starter:
             shim = self._at(shim, bootstrap)
             shim.shim_log = shim_log
         else:
-            await self._fork(shim, options, on_close)
+            await self._begin(shim, options, on_close)
         self.use(shim)
         if not shim.connected:
             await shim.connect(CONNECT, on_close)
@@ -112,7 +112,7 @@ class Starter:
     async def keep(self, shim: Shim, within: float) -> bool:
         """Have a shim whose task was deleted in reserve for the next one; False where it is to leave instead."""
         launch = shim.launch
-        if launch.binary or launch.group or launch.host or launch.sandbox or shim.marked:
+        if launch.binary or launch.group or launch.host or launch.sandbox or shim.single_use:
             return False
         kept = await self._vacant.keep(shim, within)
         if kept:
@@ -162,7 +162,8 @@ class Starter:
         shim.bundle.write_bootstrap(bootstrap)
         return Shim(shim.bundle, shim.launch, bootstrap, shim.limits)
 
-    async def _fork(self, shim: Shim, options: any_pb2.Any, on_close: Callable[[Shim], None]) -> None:
+    async def _begin(self, shim: Shim, options: any_pb2.Any, on_close: Callable[[Shim], None]) -> None:
+        """Have a shim of ours for it: the group's, one in reserve (which is connected then), or a new one."""
         # recorded before there is one: a daemon that dies in between finds the shim at its planned address
         bundle, launch = shim.bundle, shim.launch
         bundle.write_bootstrap(shim.bootstrap)
@@ -175,8 +176,8 @@ class Starter:
             except WherryError:
                 log.info("a group's shim has left, another is made", namespace=bundle.namespace, group=launch.group)
         request = self._request(bundle, launch, options, _name(bundle, launch))
-        shim.marked = request.marked
-        if not (launch.group or shim.marked or self._forks.watched()):
+        shim.single_use = request.single_use
+        if not (launch.group or shim.single_use or self._forks.watched()):
             vacancy = await self._vacant.give(request.in_bytes())
             if vacancy is not None:
                 shim.take(vacancy.client, on_close)

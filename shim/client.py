@@ -77,7 +77,7 @@ class ShimRequest:
     state: str = ""
 
     @property
-    def marked(self) -> bool:
+    def single_use(self) -> bool:
         """Whether the process becomes what none of its later containers' shims might be."""
         return bool(self.shim_cgroup) or self.oom_score_adj is not None
 

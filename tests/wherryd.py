@@ -32,8 +32,8 @@ from tests import busybox, networks
 from tests.peers import need
 
 BUSYBOX = busybox.NAME
-# an emulated machine takes its time
 VACANT = "containerd-shim-wherry-v1 -vacant "
+# an emulated machine takes its time
 START_TIMEOUT = float(os.environ.get("WHERRY_TESTS_START_SECONDS", "60"))
 
 

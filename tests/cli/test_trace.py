@@ -30,6 +30,14 @@ def test_a_start_in_order(wherry: Wherry) -> None:
     assert lines[-1].count("mount") == 1
 
 
+def test_a_start_right_after_another_one_begins_with_a_new_shim(wherry: Wherry) -> None:
+    """A shim in reserve would not be seen: nobody watches it."""
+    wherry.run("run", "--rm", "--net", "none", BUSYBOX, "true")
+    done = wherry.run("trace", "run", "--rm", "--net", "none", BUSYBOX, "true")
+    assert "becomes the container's program" in done.stderr
+    assert re.search(r"clone3?\(.*\) = \d+", done.stderr)
+
+
 def test_what_is_asked_for(wherry: Wherry) -> None:
     done = wherry.run("trace", "-k", "cgroup", "run", "--rm", "--net", "none", BUSYBOX, "true")
     assert {line.split()[4] for line in done.stderr.splitlines() if " ms " in line} == {"cgroup"}

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.cri.kubelet import NAMESPACE, WherryLab, closing
+from tests.cri.kubelet import NAMESPACE, WherryLab, closing, shims_in
 from tests.peers import need
 from wherry.proto import cri_pb2 as cri
 
@@ -27,6 +27,7 @@ POINTS = (
     "cri.create.prepared",
     "cri.start.created",
     "cri.start.started",
+    "cri.start.noted",
     "cri.end.seen",
     "cri.end.noted",
     "cri.end.deleted",
@@ -131,3 +132,21 @@ def test_a_daemon_that_dies(armed: Armed, point: str) -> None:
 def ctr(lab: WherryLab, *args: str) -> str:
     command = [need("ctr"), "--address", lab.address, "--namespace", NAMESPACE, *args]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def test_a_start_is_on_record_before_it_is_answered(armed: Armed) -> None:
+    """Where the shim is killed with the daemon, nobody else knows any more that the container has run."""
+    lab = armed
+    config = lab.pod_config("noted", host_network=True)
+    pod = lab.run_pod(config)
+    container = lab.create(pod, lab.container_config("main", ["sleep", "1000"]), config)
+    lab.fail.write_text("cri.start.noted")
+    with pytest.raises(grpc.RpcError):
+        lab.kubelet.StartContainer(container_id=container)
+    lab.daemon.kill()
+    for shim in shims_in(lab, lab.daemon.state / "tasks/k8s.io" / pod):
+        os.kill(shim, 9)
+    lab.daemon.start()
+    assert lab.exited(container).exit_code in (137, 255)
+    lab.remove_pods()
+    assert lab.daemon.settle() == []
