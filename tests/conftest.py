@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Generator
 
 import pytest
 
@@ -15,6 +16,24 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 # With `--reruns` (as in .ci/run) a test that fails is tried again. That it passed then is no reason to look away: the
 # summary shows each such failure in full, and more of them than this fail the run.
 UNSTABLE = 5
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note that a test failed."""
+    report = yield
+    item.stash[_FAILED] = report.failed or (report.when != "setup" and item.stash.get(_FAILED, False))
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What a failed test left (in a daemon that tests share, say) is for no other one, nor for its second try."""
+    if item.stash[_FAILED]:
+        item.session._setupstate.teardown_exact(None)  # ends the fixtures of every scope; no public call does
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
