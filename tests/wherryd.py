@@ -15,6 +15,7 @@ processes were in go, so that tests of several people can run beside each other.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -185,11 +186,22 @@ class Wherryd:
             time.sleep(0.05)
         return found
 
+    def _cgroups_of_bundles(self) -> set[str]:
+        """The directories of containers' cgroups, those without a process included, and of what they are in."""
+        found = set()
+        for bundle in self.bundles():
+            with contextlib.suppress(OSError, ValueError):
+                config = json.loads((self.state / "tasks" / bundle / "config.json").read_text())
+                path = Path("/", config["linux"].get("cgroupsPath") or bundle)
+                for within in (path, *path.parents[:-1]):
+                    found |= {str(folder) for folder in Path("/sys/fs/cgroup").glob(f"*{within}")}
+        return found
+
     def close(self) -> None:
         """End everything, unmount everything, remove the folder."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.kill()
-        cgroups: set[str] = set()
+        cgroups = self._cgroups_of_bundles()
         for _ in range(50):
             pids = self.processes()
             if not pids:
