@@ -112,6 +112,7 @@ class NetworkService:
     async def _remove(self, network: Network) -> None:
         if network.name == DEFAULT:
             raise FailedPrecondition(_BUILT_IN)
+        await self._manager.vacated(network)
         await self._manager.networks.remove(network)
         await self._manager.names.remove_network(network)
         await self._manager.kernel.remove_network(network)

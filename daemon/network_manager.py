@@ -20,7 +20,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -61,6 +61,13 @@ log = structlog.get_logger(__name__)
 Key = tuple[str, str]
 
 
+class Going(NamedTuple):
+    """What a container had of networks, on its way out, and the work on that."""
+
+    connection: Connection
+    work: asyncio.Task[None]
+
+
 class NetworkManager:
     """The networks of one daemon and its containers on them."""
 
@@ -91,7 +98,7 @@ class NetworkManager:
         self.cni = CniNetworks(options, os.path.join(root, "cni"), hub)
         self._wishes = Wishes(self.networks, self.kernel, self.cni, self.user)
         self._locks: dict[Key, asyncio.Lock] = {}
-        self._going: dict[Key, asyncio.Task[None]] = {}
+        self._going: dict[Key, Going] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._ready = asyncio.Event()
         self._warned = False
@@ -138,7 +145,7 @@ class NetworkManager:
 
     async def close(self) -> None:
         """Everything that containers have stays. Where none has anything, nothing stays."""
-        for work in [*self._background, *self._going.values()]:
+        for work in [*self._background, *(going.work for going in self._going.values())]:
             with contextlib.suppress(TimeoutError, asyncio.CancelledError, WherryError):
                 async with asyncio.timeout(5):
                     await asyncio.shield(work)
@@ -389,7 +396,7 @@ class NetworkManager:
         for error in done:
             if isinstance(error, BaseException):
                 log.warning("published ports could not be withdrawn", container=connection.key, error=str(error))
-        self._going[key] = self._spawn(self._detach(key, connection))
+        self._going[key] = Going(connection, self._spawn(self._detach(key, connection)))
 
     async def _detach(self, key: Key, connection: Connection) -> None:
         try:
@@ -415,7 +422,13 @@ class NetworkManager:
     async def _gone(self, key: Key) -> None:
         """What is on its way out has gone."""
         if (going := self._going.get(key)) is not None:
-            await asyncio.shield(going)
+            await asyncio.shield(going.work)
+
+    async def vacated(self, network: Network) -> None:
+        """Those that are on their way off a network are off it: who ended them may remove it next."""
+        for going in list(self._going.values()):
+            if any(endpoint.network == network.id for endpoint in going.connection.endpoints):
+                await asyncio.shield(going.work)
 
     async def settle(self, peers: Peers) -> None:
         """After a restart: those whose process ended while nobody saw it."""

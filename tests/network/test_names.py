@@ -209,20 +209,35 @@ def test_port_53_of_the_host_may_be_taken(wherry: Wherry) -> None:
         wherry.run("rm", "-f", "db", "web")
 
 
+def test_a_network_is_removed_once_the_last_one_is_off_it(wherry: Wherry, daemon: Wherryd) -> None:
+    wherry.run("network", "create", "quay")
+    sleeper(wherry, "boat", "--net", "quay")
+    worker = helper(daemon, "worker")
+    os.kill(worker, signal.SIGSTOP)  # who takes the interface off has no time
+    threading.Timer(1, os.kill, (worker, signal.SIGCONT)).start()
+    began = time.monotonic()
+    wherry.run("rm", "-f", "boat")
+    assert time.monotonic() - began < 0.9  # nobody waits for that
+    wherry.run("network", "rm", "quay")
+    assert time.monotonic() - began > 0.9
+
+
 def keeper(daemon: Wherryd) -> int:
     """The pid of a daemon's keeper; it may take a moment until there is one."""
-    path = str(daemon.state / "network" / "keeper.sock").encode()
+    return helper(daemon, "keeper")
+
+
+def helper(daemon: Wherryd, module: str) -> int:
+    """The pid of one of a daemon's processes for networks; it may take a moment until there is one."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = entry.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if path in words and b"wherry.network.keeper" in words:
-                return int(entry.parent.name)
+        for pid in daemon.processes():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if f"wherry.network.{module}".encode() in words:
+                    return pid
         time.sleep(0.05)
-    raise AssertionError("no keeper")
+    raise AssertionError(f"no {module}")
 
 
 def _ask_from(pid: int, name: str) -> str:
