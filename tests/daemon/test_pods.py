@@ -26,6 +26,8 @@ from wherry.proto.ttrpc.client import TtrpcClient
 CONTROLLER = "containerd.services.sandbox.v1.Controller"
 STORE = "containerd.services.sandbox.v1.Store"
 TASKS = "containerd.services.tasks.v1.Tasks"
+# a hook that takes longer than the daemon waits
+SLOW = {"path": "/bin/sh", "args": ["sh", "-c", "sleep 4"]}
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,16 @@ class Caller:
         return answer
 
     async def make(
-        self, identity: str, *flags: str, sandbox: str = "", annotations: dict[str, str] | None = None
+        self, identity: str, *flags: str, sandbox: str = "", annotations: dict[str, str] | None = None, **more: Any
     ) -> None:
-        """A container of `sleep 1000` with what ctr can't say: a sandbox, annotations."""
+        """A container of `sleep 1000` with what ctr can't say: a sandbox, annotations, `more` of a specification."""
         self.daemon.ctr("containers", "create", *flags, BUSYBOX, identity, "sleep", "1000")
         request = containers_pb2.GetContainerRequest(id=identity)
         record = (await self("containerd.services.containers.v1.Containers", "Get", request)).container
         self.daemon.ctr("containers", "delete", "--keep-snapshot", identity)
         record.sandbox = sandbox
         spec = typeurl.unpack_json(record.spec)
-        spec["annotations"] = annotations or {}
+        spec.update(more, annotations=annotations or {})
         record.spec.CopyFrom(typeurl.pack_json(record.spec.type_url, spec))
         create = containers_pb2.CreateContainerRequest(container=record)
         await self("containerd.services.containers.v1.Containers", "Create", create)
@@ -125,6 +127,10 @@ def pids(daemon: Wherryd) -> dict[str, int]:
 
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def children(pid: int) -> set[int]:
+    return {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 def remove(daemon: Wherryd, *names: str) -> None:
@@ -179,6 +185,35 @@ async def test_a_groups_shim_that_is_killed(daemon: Wherryd, call: Caller) -> No
     remove(daemon, *names)
     assert daemon.settle(40) == []
     assert [daemon.log_text().count(line) for line in told] == [1, 1]
+
+
+async def test_a_member_that_is_made_too_late(call: Caller, daemon: Wherryd) -> None:
+    """The daemon's patience ends while the group's shim is at it: what it makes then is nobody's, and doesn't stay."""
+    daemon.stop()
+    settings = daemon.config.read_text()
+    daemon.config.write_text(f'{settings}[timeouts]\n  "io.wherry.timeout.task.create" = "2s"\n')
+    daemon.start()
+    group = {"io.containerd.runc.v2.group": "patient"}
+    await call.make("in-time", annotations=group)
+    daemon.ctr("task", "start", "-d", "in-time")
+    init = pids(daemon)["in-time"]
+    await call.make("too-late", annotations=group, hooks={"createRuntime": [SLOW]})
+    refused = daemon.ctr("task", "start", "-d", "too-late", check=False)
+    assert "deadline exceeded" in refused.stderr
+    end = time.monotonic() + 60
+    while children(parent(init)) != {init}:
+        assert time.monotonic() < end
+        await asyncio.sleep(0.05)
+    assert set(pids(daemon)) == {"in-time"}
+    # the name is free
+    daemon.ctr("containers", "delete", "too-late")
+    await call.make("too-late", annotations=group)
+    daemon.ctr("task", "start", "-d", "too-late")
+    assert parent(pids(daemon)["too-late"]) == parent(init)
+    remove(daemon, "in-time", "too-late")
+    assert daemon.settle(40) == []
+    daemon.config.write_text(settings)
+    await call.restart()
 
 
 async def test_a_sandbox_and_its_containers(daemon: Wherryd, call: Caller) -> None:
