@@ -214,12 +214,11 @@ def test_a_network_is_removed_once_the_last_one_is_off_it(wherry: Wherry, daemon
     sleeper(wherry, "boat", "--net", "quay")
     worker = helper(daemon, "worker")
     os.kill(worker, signal.SIGSTOP)  # who takes the interface off has no time
-    threading.Timer(1, os.kill, (worker, signal.SIGCONT)).start()
-    began = time.monotonic()
-    wherry.run("rm", "-f", "boat")
-    assert time.monotonic() - began < 0.9  # nobody waits for that
+    try:
+        wherry.run("rm", "-f", "boat")  # doesn't wait for that
+    finally:
+        threading.Timer(0.5, os.kill, (worker, signal.SIGCONT)).start()
     wherry.run("network", "rm", "quay")
-    assert time.monotonic() - began > 0.9
 
 
 def keeper(daemon: Wherryd) -> int:
