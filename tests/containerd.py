@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests import leftovers
 from tests.peers import need
 
 CONFIG = """
@@ -60,13 +60,5 @@ class Containerd:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if str(self.folder).encode() in command and b"containerd-shim" in command:
-                    os.kill(int(pid), signal.SIGKILL)
-        with open("/proc/self/mountinfo") as file:
-            mounts = [line.split()[4] for line in file]
-        for target in reversed([target for target in mounts if target.startswith(f"{self.folder}/")]):
-            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        leftovers.end(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)

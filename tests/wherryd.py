@@ -29,10 +29,12 @@ from pathlib import Path
 
 import pytest
 
-from tests import busybox, networks
+from tests import busybox, leftovers, networks
 from tests.peers import need
 
 BUSYBOX = busybox.NAME
+# cgroups that other daemons' containers may be about to come into
+SHARED = ("default", "k8s.io", "moby")
 VACANT = "containerd-shim-wherry-v1 -vacant "
 # an emulated machine takes its time
 START_TIMEOUT = float(os.environ.get("WHERRY_TESTS_START_SECONDS", "60"))
@@ -96,6 +98,11 @@ class Wherryd:
         """SIGKILL to the daemon alone, as a crash; its shims and containers go on."""
         self._end(signal.SIGKILL)
 
+    def lose_power(self) -> None:
+        """SIGKILL to everything, and nothing is mounted any more; what is on disk stays, STATE included."""
+        self.kill()
+        leftovers.end(self.folder)
+
     def stop(self) -> int:
         """SIGTERM to the daemon; its exit code."""
         return self._end(signal.SIGTERM)
@@ -138,27 +145,11 @@ class Wherryd:
 
     def processes(self) -> list[int]:
         """The pids of everything that names this folder, the daemon included, children before parents."""
-        ours, parents = set(), {}
-        forbidden = _ancestors(os.getpid())
-        for pid in sorted((int(name) for name in os.listdir("/proc") if name.isdigit()), reverse=True):
-            if pid in forbidden:
-                continue
-            with contextlib.suppress(OSError):
-                parents[pid] = _parent(pid)
-                if _names(pid, str(self.folder)):
-                    ours.add(pid)
-        grown = True
-        while grown:
-            new = {pid for pid, parent in parents.items() if parent in ours and pid not in ours}
-            ours |= new
-            grown = bool(new)
-        return sorted(ours, reverse=True)
+        return leftovers.processes(self.folder)
 
     def mounts(self) -> list[str]:
         """The mount points under this folder in the tests' mount namespace, deepest first."""
-        with open("/proc/self/mountinfo") as file:
-            targets = [line.split()[4] for line in file]
-        return [target for target in reversed(targets) if target.startswith(f"{self.folder}/")]
+        return leftovers.mounts(self.folder)
 
     def bundles(self) -> list[str]:
         """The bundles that are there, as `NAMESPACE/ID`."""
@@ -169,15 +160,15 @@ class Wherryd:
 
         A vacant shim is one of the helpers as long as its daemon lives.
         """
-        own = set() if self.process is None else {*_tree(self.process.pid), *self.vacant()}
-        found = [f"process {pid}: {_command_line(pid)}" for pid in self.processes() if pid not in own]
+        own = set() if self.process is None else {*leftovers.tree(self.process.pid), *self.vacant()}
+        found = [f"process {pid}: {leftovers.command_line(pid)}" for pid in self.processes() if pid not in own]
         found += [f"mount {target}" for target in self.mounts()]
         found += [f"bundle {name}" for name in self.bundles()]
         return found + [f"socket {path.name}" for path in (self.state / "s").glob("*")]
 
     def vacant(self) -> list[int]:
         """The pids of shims that had a container and wait for another one (`daemon/vacant.py`)."""
-        return [pid for pid in self.processes() if VACANT in _command_line(pid)]
+        return [pid for pid in self.processes() if VACANT in leftovers.command_line(pid)]
 
     def settle(self, timeout: float = 30.0) -> list[str]:
         """`leftovers`, given up to `timeout` seconds to become none."""
@@ -186,36 +177,23 @@ class Wherryd:
             time.sleep(0.05)
         return found
 
-    def _cgroups_of_bundles(self) -> set[str]:
-        """The directories of containers' cgroups, those without a process included, and of what they are in."""
-        found = set()
+    def _cgroups(self) -> set[str]:
+        """The directories of its containers' cgroups, those without a process included, and what they are in."""
+        tasks = self.state / "tasks"
+        paths = {Path("/", folder.name) for folder in tasks.glob("*")}
         for bundle in self.bundles():
             with contextlib.suppress(OSError, ValueError):
-                config = json.loads((self.state / "tasks" / bundle / "config.json").read_text())
+                config = json.loads((tasks / bundle / "config.json").read_text())
                 path = Path("/", config["linux"].get("cgroupsPath") or bundle)
-                for within in (path, *path.parents[:-1]):
-                    found |= {str(folder) for folder in Path("/sys/fs/cgroup").glob(f"*{within}")}
-        return found
+                paths |= {path, *path.parents[:-1]}
+        wanted = sorted(str(path) for path in paths if path.name not in SHARED)
+        return {str(found) for path in wanted for found in Path("/sys/fs/cgroup").glob(f"*{path}")}
 
     def close(self) -> None:
         """End everything, unmount everything, remove the folder."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.kill()
-        cgroups = self._cgroups_of_bundles()
-        for _ in range(50):
-            pids = self.processes()
-            if not pids:
-                break
-            for pid in pids:
-                cgroups |= _cgroups(pid)
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        for target in self.mounts():
-            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
-        for path in sorted(cgroups - _cgroups(os.getpid()), key=len, reverse=True):
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
+        leftovers.end(self.folder, self._cgroups())
         for record in Path("/run/containerd/runc").glob("*/*/state.json"):
             with contextlib.suppress(OSError):
                 if str(self.folder) in record.read_text(errors="replace"):
@@ -233,61 +211,3 @@ def wherryd() -> Iterator[Wherryd]:
         yield daemon
     finally:
         daemon.close()
-
-
-def _names(pid: int, folder: str) -> bool:
-    """Whether a process has to do with a folder; OSError where it is gone."""
-    if folder in _command_line(pid) or os.readlink(f"/proc/{pid}/cwd").startswith(folder):
-        return True
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{pid}/fd/{name}").startswith(folder):
-                return True
-    if os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
-        return False
-    with open(f"/proc/{pid}/mountinfo", errors="replace") as file:
-        return folder in file.read()
-
-
-def _command_line(pid: int) -> str:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read().replace(b"\0", b" ").decode(errors="replace")
-    return ""
-
-
-def _parent(pid: int) -> int:
-    with open(f"/proc/{pid}/stat", errors="replace") as file:
-        return int(file.read().rpartition(")")[2].split()[1])
-
-
-def _ancestors(pid: int) -> set[int]:
-    found = {0, 1}
-    while pid > 1:
-        found.add(pid)
-        pid = _parent(pid)
-    return found
-
-
-def _tree(pid: int) -> set[int]:
-    """A process and all that descend from it."""
-    parents = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            parents[int(name)] = _parent(int(name))
-    found = {pid}
-    while new := {child for child, parent in parents.items() if parent in found} - found:
-        found |= new
-    return found
-
-
-def _cgroups(pid: int) -> set[str]:
-    """The directories of a process's cgroups, of all hierarchies; roots left out."""
-    found = set()
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cgroup") as file:
-        for line in file:
-            _, controllers, path = line.rstrip("\n").split(":", 2)
-            if path == "/":
-                continue
-            for base in (controllers.removeprefix("name="), "unified", ""):
-                found.add(os.path.normpath(f"/sys/fs/cgroup/{base}{path}"))
-    return {path for path in found if os.path.isdir(path)}

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from tests import busybox
+from tests import busybox, leftovers
 from tests.peers import need
 from tests.wherryd import Wherryd
 from wherry.proto import cri_pb2 as cri
@@ -329,11 +329,7 @@ class ContainerdLab(Lab):
             self.process.kill()
             self.process.wait(10)
         self._log.close()
-        _end_all(str(self.folder))
-        with open("/proc/self/mountinfo") as file:
-            targets = [line.split()[4] for line in file]
-        for target in reversed([each for each in targets if each.startswith(f"{self.folder}/")]):
-            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        leftovers.end(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -373,24 +369,6 @@ def _set_command(archive: Path, command: list[str]) -> None:
             item = tarfile.TarInfo(name)
             item.size = len(data)
             tar.addfile(item, io.BytesIO(data))
-
-
-def _end_all(folder: str) -> None:
-    """SIGKILL to all processes that name the folder: shims, and what is below them."""
-    for _ in range(20):
-        found = []
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-                cwd = os.readlink(f"/proc/{pid}/cwd")
-                if int(pid) != os.getpid() and (folder in line or cwd.startswith(folder)):
-                    found.append(int(pid))
-        if not found:
-            return
-        for number in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        time.sleep(0.05)
 
 
 def closing(lab: WherryLab | ContainerdLab) -> Iterator[Any]:

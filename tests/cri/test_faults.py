@@ -455,16 +455,7 @@ def test_the_host_is_rebooted(own: WherryLab, outlives: bool) -> None:
 
 def _reboot(lab: WherryLab, *, outlives: bool) -> None:
     daemon = lab.daemon
-    daemon.kill()
-    for _ in range(50):
-        if not (pids := daemon.processes()):
-            break
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    for target in daemon.mounts():
-        subprocess.run(["umount", "-l", target], capture_output=True, check=False)
+    daemon.lose_power()
     subprocess.run(["ip", "link", "del", lab.bridge], capture_output=True, check=False)
     if outlives:
         (daemon.state / "boot_id").write_text("another boot\n")

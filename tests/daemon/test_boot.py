@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 from pathlib import Path
 
+from tests import leftovers
 from tests.daemon.test_restart import task_pids
 from tests.wherryd import BUSYBOX, Wherryd
 
 
 def reboot(daemon: Wherryd) -> None:
     """What a power loss does, as far as one daemon is concerned: nothing of it runs, nothing is mounted."""
-    own = daemon.processes()
-    for pid in own:
-        with contextlib.suppress(ProcessLookupError):  # a child of the fork server's that had just ended
-            os.kill(pid, signal.SIGKILL)
-    daemon.kill()
-    for _ in range(100):
-        if not daemon.processes():
-            break
-    for target in daemon.mounts():
-        subprocess.run(["umount", "-l", target], check=True)
+    daemon.lose_power()
     (daemon.state / "boot_id").write_text("another boot\n")
 
 
@@ -57,7 +46,7 @@ def test_stale_state_goes_and_nobody_else_is_harmed(wherryd: Wherryd) -> None:
     assert wherryd.ctr("containers", "ls", "-q").stdout.split() == ["one", "two"]
     wherryd.ctr("task", "start", "-d", "one")
     assert list(task_pids(wherryd)) == ["one"]
-    assert len([1 for pid in wherryd.processes() if "-id one" in _command_line(pid)]) == 1
+    assert len([1 for pid in wherryd.processes() if "-id one" in leftovers.command_line(pid)]) == 1
     wherryd.restart()
     assert list(task_pids(wherryd)) == ["one"]
 
@@ -72,10 +61,3 @@ def test_a_restart_within_one_boot_removes_nothing(wherryd: Wherryd) -> None:
             (wherryd.state / "boot_id").unlink()
         wherryd.start()
         assert task_pids(wherryd) == before
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import leftovers
 from tests.peers import need
 from tests.rootfs import build_busybox_rootfs
 from tests.shim.harness import alive
@@ -102,14 +103,7 @@ class Dockerd:
                 if names:
                     self("rm", "-f", *names, check=False)
         self.stop()
-        unmount(self.folder)
-
-
-def unmount(folder: Path) -> None:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    for target in reversed([line.split()[4] for line in lines]):
-        if target.startswith(f"{folder}/"):
-            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        leftovers.unmount(self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -284,11 +278,7 @@ def test_wherryd_as_the_containerd_of_dockerd() -> None:
         eventually(lambda: not alive(int(ours)))
     finally:
         docker.close()
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                if f"{folder}/".encode() in Path(f"/proc/{name}/cmdline").read_bytes():
-                    os.kill(int(name), signal.SIGKILL)
-        unmount(folder)
+        leftovers.end(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 

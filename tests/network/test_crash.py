@@ -158,11 +158,7 @@ def test_everything_is_gone_after_a_power_loss(fragile: Wherryd) -> None:
     """The host starts again: STATE, interfaces and rules are gone, the database is there."""
     wherry = Wherry(fragile.address)
     wherry.run("run", "-d", "--name", "web", "-p", "80", BUSYBOX, "sleep", "1000")
-    fragile.kill()
-    for pid in fragile.processes():
-        os.kill(pid, signal.SIGKILL)
-    for target in fragile.mounts():
-        subprocess.run(["umount", "-l", target], check=False)
+    fragile.lose_power()
     networks.clean(fragile.state)
     subprocess.run(["rm", "-rf", str(fragile.state)], check=True)
     fragile.start(START)

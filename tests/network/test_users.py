@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,11 +136,14 @@ def test_they_outlive_the_daemon_and_leave_nothing(barrow: User) -> None:
 def test_the_next_network_is_made_in_advance(barrow: User) -> None:
     """One at most, which the next container gets; none is left when the daemon goes, nor when it was killed."""
     need("pasta")
-    run = ("run", "--rm", IMAGE, "ip", "addr", "show", "eth0")
+    run = ("run", "--rm", IMAGE, "sh", "-c", "ip addr show eth0; readlink /proc/self/ns/net")
     for _ in range(3):
-        assert "inet " in barrow(*run).stdout
-        assert until(lambda: [path.name for path in spare.iterdir()] if (spare := _spare(barrow)).is_dir() else [])
-    (made,) = _spare(barrow).iterdir()
+        shown = barrow(*run).stdout
+        assert "inet " in shown
+        last = re.search(r"net:\[(\d+)\]", shown)
+        assert last
+        # what the container had may still be on its way out
+        (made,) = until(lambda found=last: [path for path, inode in _spares(barrow) if inode != int(found[1])])  # type: ignore[misc]
     barrow("run", "-d", "--name", "one", IMAGE, "sleep", "1000")
     joined = json.loads(barrow("inspect", "one").stdout)[0]["NetworkSettings"]["SandboxKey"]
     assert joined in {"", str(made)}
@@ -152,8 +156,15 @@ def test_the_next_network_is_made_in_advance(barrow: User) -> None:
     assert until(lambda: not running(barrow, b"bin/pasta"))
 
 
-def _spare(user: User) -> Path:
-    return user.run / "wherry/netns/.spare"
+def _spares(user: User) -> list[tuple[Path, int]]:
+    """The namespaces that were made in advance, those that containers have got included: path, inode number."""
+    (daemon,) = running(user, b"--exit-idle")
+    folder = user.run / "wherry/netns/.spare"
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path, os.stat(f"/proc/{daemon}/root{path}").st_ino))
+    return found
 
 
 def running(user: User, word: bytes) -> list[int]:

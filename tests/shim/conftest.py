@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import leftovers
 from tests.peers import need
 from tests.rootfs import build_busybox_rootfs
 from tests.shim.harness import Lab, lab_at
@@ -32,6 +33,7 @@ def work() -> Iterator[Path]:
     """A short path: sockets are in it."""
     path = Path(tempfile.mkdtemp(prefix="wherry-shim-"))
     yield path
+    leftovers.end(path)
     shutil.rmtree(path, ignore_errors=True)
 
 

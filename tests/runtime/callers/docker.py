@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests import leftovers
 from tests.busybox import NAME, write_archive
 from tests.containerd import Containerd
 from tests.peers import need
@@ -114,10 +115,7 @@ class Dockerd:
         self.process.kill()
         self.process.wait()
         self.containerd.close()
-        with open("/proc/self/mountinfo") as file:
-            mounts = [line.split()[4] for line in file]
-        for target in reversed([target for target in mounts if target.startswith(f"{self.folder}/")]):
-            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        leftovers.unmount(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

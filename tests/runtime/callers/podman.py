@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tests import leftovers
 from tests.busybox import write_archive
 from tests.peers import need
 from tests.runtime.callers import call
@@ -47,10 +48,7 @@ class Storage:
         for stream in (self._holder.stdin, self._holder.stdout):
             if stream:
                 stream.close()
-        with open("/proc/self/mountinfo") as file:
-            mounts = [line.split()[4] for line in file]
-        for target in reversed([target for target in mounts if target.startswith(f"{self.folder}/")]):
-            subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        leftovers.unmount(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
