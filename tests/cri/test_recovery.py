@@ -150,7 +150,7 @@ echo '{{"cniVersion": "1.0.0", "ips": [{{"address": "10.99.0.9/24"}}]}}'
     for pid in lab.daemon.processes():  # the plugin that sleeps is nobody's any more
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
             if b"/stall" in file.read():
-                os.kill(pid, 9)
+                os.killpg(pid, 9)
     assert lab.daemon.settle() == []
     lab.run_pod(lab.pod_config("interrupted"))
 
